@@ -1,0 +1,37 @@
+#ifndef LATENTD_ENGINE_CPU_CPU_ENGINE_H_
+#define LATENTD_ENGINE_CPU_CPU_ENGINE_H_
+
+#include <cstdint>
+#include <memory>
+
+#include "absl/status/statusor.h"
+#include "engine/engine.h"
+#include "engine/model/config.h"
+#include "engine/model/weights.h"
+
+namespace latentd {
+
+struct CpuEngineOptions {
+  int32_t num_threads = 0;         // 0: one per core
+  int32_t num_blocks = 0;          // KV cache blocks of kBlockSize tokens; >= 1
+  int32_t max_step_tokens = 2048;  // >= 1
+  int32_t max_sequences = 256;     // >= 1
+  int32_t max_model_len = 0;       // 0: max_position_embeddings; never more than that
+};
+
+// The model on the CPU in fp32: the reference of every other engine, and the embedded default.
+//
+// Absorbed MLA over a paged latent cache [num_hidden_layers, num_blocks, 64, latent_dim] f32. Each
+// number is computed in one order that depends on its own sequence alone, so batch, chunk size, prefix
+// hits and preemption change nothing, bit for bit.
+class CpuEngine : public Engine {
+ public:
+  // RESOURCE_EXHAUSTED, with the numbers, when weights and cache do not fit into memory.
+  static absl::StatusOr<std::unique_ptr<CpuEngine>> Create(const ModelConfig& config,
+                                                           const ModelWeights& weights,
+                                                           const CpuEngineOptions& options);
+};
+
+}  // namespace latentd
+
+#endif  // LATENTD_ENGINE_CPU_CPU_ENGINE_H_

@@ -1,0 +1,38 @@
+#ifndef LATENTD_ENGINE_ENGINE_H_
+#define LATENTD_ENGINE_ENGINE_H_
+
+#include <cstdint>
+
+#include "absl/status/statusor.h"
+#include "engine/step.h"
+
+namespace latentd {
+
+struct EngineInfo {
+  int32_t num_blocks = 0;       // KV cache blocks of each attention replica
+  int32_t num_dp_ranks = 1;     // attention replicas
+  int32_t max_step_tokens = 0;  // most tokens of one plan, all replicas together
+  int32_t max_sequences = 0;    // most sequences of one plan
+  int32_t max_model_len = 0;    // prompt + completion, in tokens
+  int32_t vocab_size = 0;
+};
+
+// Runs the model: FakeEngine (tests), CpuEngine (reference), CudaEngine, RemoteEngine (all ranks of a group).
+class Engine {
+ public:
+  virtual ~Engine() = default;
+
+  // Constant for the life of the engine. Any thread.
+  virtual EngineInfo info() const = 0;
+
+  // Computes `plan`, fills the cache, and returns the sampled tokens. Blocks until the step is done.
+  // Called by one thread at a time.
+  //
+  // After an error the contents of the cache are undefined, but the engine is not: a later plan may
+  // succeed if it computes its sequences again from their first token.
+  virtual absl::StatusOr<StepResult> Execute(const StepPlan& plan) = 0;
+};
+
+}  // namespace latentd
+
+#endif  // LATENTD_ENGINE_ENGINE_H_
