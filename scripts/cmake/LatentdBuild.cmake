@@ -1,4 +1,4 @@
-# How latentd's own code is compiled, and the two functions that declare its targets.
+# How latentd's own code is compiled, and the functions that declare its targets.
 
 if(NOT CMAKE_BUILD_TYPE)
   set(CMAKE_BUILD_TYPE Release CACHE STRING "" FORCE)
@@ -25,14 +25,31 @@ endif()
 add_library(latentd_options INTERFACE)
 target_compile_options(latentd_options INTERFACE -Wall -Wextra -Werror)
 target_include_directories(latentd_options INTERFACE ${CMAKE_SOURCE_DIR})
+
+set(LATENTD_TIMEOUT_FACTOR 1)
 if(LATENTD_SANITIZE STREQUAL "address")
-  target_compile_options(latentd_options INTERFACE -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer)
-  target_link_options(latentd_options INTERFACE -fsanitize=address,undefined)
+  set(LATENTD_SANITIZE_FLAGS -fsanitize=address,undefined -fno-sanitize-recover=undefined)
 elseif(LATENTD_SANITIZE STREQUAL "thread")
-  target_compile_options(latentd_options INTERFACE -fsanitize=thread -fno-omit-frame-pointer)
-  target_link_options(latentd_options INTERFACE -fsanitize=thread)
+  set(LATENTD_SANITIZE_FLAGS -fsanitize=thread)
 elseif(LATENTD_SANITIZE)
   message(FATAL_ERROR "LATENTD_SANITIZE is '${LATENTD_SANITIZE}'; known are: address, thread")
+endif()
+if(LATENTD_SANITIZE)
+  set(LATENTD_TIMEOUT_FACTOR 6)
+  # -O1 compiles faster and keeps the stacks honest.
+  target_compile_options(latentd_options INTERFACE ${LATENTD_SANITIZE_FLAGS} -O1 -fno-omit-frame-pointer)
+  target_link_options(latentd_options INTERFACE ${LATENTD_SANITIZE_FLAGS})
+  if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+    # GCC guesses wrongly once its own instrumentation is in the code, and ThreadSanitizer knows no fences.
+    target_compile_options(latentd_options INTERFACE -Wno-maybe-uninitialized -Wno-tsan)
+  endif()
+endif()
+if(LATENTD_FUZZ)
+  if(NOT CMAKE_CXX_COMPILER_ID STREQUAL "Clang")
+    message(FATAL_ERROR "LATENTD_FUZZ needs clang: -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++")
+  endif()
+  target_compile_options(latentd_options INTERFACE -fsanitize=fuzzer-no-link)
+  add_custom_target(latentd_fuzz_targets)
 endif()
 
 # latentd_library(NAME SRCS a.cc ... [DEPS public ...] [PRIVATE_DEPS ...])
@@ -50,8 +67,9 @@ function(latentd_library NAME)
   endif()
 endfunction()
 
-# latentd_test(NAME SRCS a_test.cc ... DEPS ... [LABELS unit|golden|property|e2e ...] [TIMEOUT s] [ENV A=b ...])
+# latentd_test(NAME SRCS a_test.cc ... DEPS ... [LABELS unit|property|golden|speed ...] [TIMEOUT s] [ENV A=b ...])
 # A GoogleTest program, one ctest entry. Run from the source root, so that data is found by relative path.
+# `golden` and `speed` do not run under sanitizers.
 function(latentd_test NAME)
   cmake_parse_arguments(ARG "" "TIMEOUT" "SRCS;DEPS;LABELS;ENV" ${ARGN})
   if(NOT ARG_LABELS)
@@ -60,27 +78,41 @@ function(latentd_test NAME)
   if(NOT ARG_TIMEOUT)
     set(ARG_TIMEOUT 120)
   endif()
+  math(EXPR ARG_TIMEOUT "${ARG_TIMEOUT} * ${LATENTD_TIMEOUT_FACTOR}")
   add_executable(${NAME} ${ARG_SRCS})
   target_link_libraries(${NAME} PRIVATE latentd_options ${ARG_DEPS} GTest::gmock GTest::gtest_main)
   add_test(NAME ${NAME} COMMAND ${NAME} WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})
   set_tests_properties(${NAME} PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT ${ARG_TIMEOUT} ENVIRONMENT "${ARG_ENV}")
 endfunction()
 
-# latentd_benchmark(NAME SRCS ... DEPS ...): a program on google-benchmark; built always, run by hand.
+# latentd_benchmark(NAME SRCS ... DEPS ...): a program on google-benchmark; built by default, run by hand.
 function(latentd_benchmark NAME)
+  if(NOT LATENTD_BENCHMARKS)
+    return()
+  endif()
   cmake_parse_arguments(ARG "" "" "SRCS;DEPS" ${ARGN})
   add_executable(${NAME} ${ARG_SRCS})
   target_link_libraries(${NAME} PRIVATE latentd_options ${ARG_DEPS} benchmark::benchmark)
 endfunction()
 
-# latentd_fuzz(NAME SRCS ... DEPS ...): a libFuzzer program, when LATENTD_FUZZ is on (needs clang).
+# latentd_fuzz(NAME SRCS ... DEPS ... [SEEDS folder ...]): a libFuzzer program when LATENTD_FUZZ is on, and a test that
+# runs it for LATENTD_FUZZ_SECONDS. SEEDS are folders of example inputs, relative to the source root; what the fuzzer finds
+# goes into the build folder.
 function(latentd_fuzz NAME)
   if(NOT LATENTD_FUZZ)
     return()
   endif()
-  cmake_parse_arguments(ARG "" "" "SRCS;DEPS" ${ARGN})
+  cmake_parse_arguments(ARG "" "" "SRCS;DEPS;SEEDS" ${ARGN})
   add_executable(${NAME} ${ARG_SRCS})
-  target_compile_options(${NAME} PRIVATE -fsanitize=fuzzer)
   target_link_options(${NAME} PRIVATE -fsanitize=fuzzer)
   target_link_libraries(${NAME} PRIVATE latentd_options ${ARG_DEPS})
+  add_dependencies(latentd_fuzz_targets ${NAME})
+  set(corpus ${CMAKE_BINARY_DIR}/corpus/${NAME})
+  file(MAKE_DIRECTORY ${corpus})
+  add_test(NAME ${NAME}
+    COMMAND ${NAME} -max_total_time=${LATENTD_FUZZ_SECONDS} -timeout=10 -rss_limit_mb=4096 -print_final_stats=1
+            -artifact_prefix=${corpus}/ ${corpus} ${ARG_SEEDS}
+    WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})
+  math(EXPR timeout "${LATENTD_FUZZ_SECONDS} * 2 + 120")
+  set_tests_properties(${NAME} PROPERTIES LABELS fuzz TIMEOUT ${timeout})
 endfunction()

@@ -1,0 +1,252 @@
+"""All tests, one after the other, and one line of counts at the end. Called by scripts/test.
+
+Steps: format, includes, proto (lint) · build, unit (ctest) · e2e (pytest with real clients) · asan and tsan (the host's
+tests again, under sanitizers) · fuzz (each target for some seconds). A failure does not stop the others.
+A test is a GoogleTest or pytest case, or a check of another kind that counts as one.
+"""
+
+import argparse
+import dataclasses
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CORES = os.cpu_count() or 1
+
+
+@dataclasses.dataclass
+class Tally:
+    passed: int = 0
+    failed: list[str] = dataclasses.field(default_factory=list)
+    skipped: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, other: 'Tally'):
+        self.passed += other.passed
+        self.failed += other.failed
+        self.skipped += other.skipped
+
+
+def run(command, log: pathlib.Path, env=None, tail=40, timeout=None) -> bool:
+    """Runs `command` with its output in `log`; prints the log's end if it fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open('w') as out:
+        try:
+            code = subprocess.run([str(c) for c in command], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out,
+                                  stderr=subprocess.STDOUT, env={**os.environ, **(env or {})}, timeout=timeout).returncode
+        except subprocess.TimeoutExpired:
+            out.write(f'\nstopped after {timeout} s\n')
+            code = -1
+    if code != 0:
+        print(f'--- {" ".join(str(c) for c in command)}: exit code {code}; the end of {log}:')
+        print('\n'.join(log.read_text(errors='replace').splitlines()[-tail:]), flush=True)
+    return code == 0
+
+
+def check(name: str, command, log: str) -> Tally:
+    return Tally(passed=1) if run(command, ROOT / 'build' / 'log' / log) else Tally(failed=[name])
+
+
+# ---- checks of the text ------------------------------------------------------------------------------
+
+
+def step_format(_) -> Tally:
+    return check('format', ['scripts/format', '--check'], 'format.log')
+
+
+def step_includes(_) -> Tally:
+    return check('includes', [sys.executable, 'scripts/check_includes.py'], 'includes.log')
+
+
+def step_proto(_) -> Tally:
+    if not shutil.which('buf'):
+        return Tally(skipped=['proto: buf is missing'])
+    return check('proto: buf lint', ['buf', 'lint', 'proto'], 'buf.log')
+
+
+# ---- builds -----------------------------------------------------------------------------------------
+
+
+def build(directory: str, *options: str, targets=()) -> bool:
+    path = ROOT / directory
+    started = time.monotonic()
+    ok = run(['cmake', '-S', ROOT, '-B', path, '-G', 'Ninja', *options], path / 'log' / 'configure.log') and run(
+        ['nice', 'cmake', '--build', path, '-j', CORES, *(['--target', *targets] if targets else [])], path / 'log' / 'build.log', tail=60)
+    print(f'  {directory}: {"built" if ok else "NOT built"} in {time.monotonic() - started:.0f} s', flush=True)
+    return ok
+
+
+def step_build(_) -> Tally:
+    return Tally(passed=1) if build('build', '-DCMAKE_BUILD_TYPE=Release', '-DLATENTD_SANITIZE=', '-DLATENTD_FUZZ=OFF') else Tally(failed=['build'])
+
+
+# ---- ctest --------------------------------------------------------------------------------------------
+
+
+def gtest_tally(report: pathlib.Path) -> Tally:
+    tally = Tally()
+    for case in ET.parse(report).iter('testcase'):
+        name = f'{case.get("classname")}.{case.get("name")}'
+        if case.find('failure') is not None:
+            tally.failed.append(name)
+        elif case.find('skipped') is not None or case.get('status') == 'notrun':
+            tally.skipped.append(name)
+        else:
+            tally.passed += 1
+    return tally
+
+
+def ctest(directory: str, label: str, *arguments: str, env=None) -> Tally:
+    """Runs ctest in a build directory. Programs on GoogleTest are counted case by case."""
+    path = ROOT / directory
+    reports = path / 'reports'
+    shutil.rmtree(reports, ignore_errors=True)
+    reports.mkdir(parents=True)
+    junit = path / 'ctest.xml'
+    junit.unlink(missing_ok=True)
+    run(['ctest', '--test-dir', path, '-j', CORES, '--output-on-failure', '--output-junit', junit, '--no-tests=error', *arguments],
+        path / 'log' / 'ctest.log', tail=80, env={'GTEST_OUTPUT': f'xml:{reports}/', **(env or {})})
+    if not junit.exists():
+        return Tally(failed=[f'{label}: ctest'])
+    tally = Tally()
+    for entry in ET.parse(junit).iter('testcase'):
+        name = entry.get('name')
+        report = reports / f'{name}.xml'
+        # A program that crashed, or that a sanitizer ended, has no report or one without failures.
+        one = gtest_tally(report) if report.exists() else Tally()
+        if entry.get('status') == 'run':
+            if not report.exists():
+                one.passed = 1
+        elif entry.find('skipped') is not None or entry.get('status') in ('notrun', 'disabled'):
+            # "notrun" without a reason to skip is a program that could not be started.
+            message = entry.find('skipped').get('message', '') if entry.find('skipped') is not None else ''
+            if 'SKIP' in message.upper() or entry.get('status') == 'disabled':
+                one = one if report.exists() else Tally(skipped=[name])
+            else:
+                one.failed.append(f'{name} ({message or "could not be run"})')
+        elif not one.failed:
+            one.failed.append(f'{name} (the program failed)')
+        one.failed = [f'{label}: {f}' for f in one.failed]
+        one.skipped = [f'{label}: {s}' for s in one.skipped]
+        tally.add(one)
+    return tally
+
+
+def step_unit(_) -> Tally:
+    return ctest('build', 'unit')
+
+
+def sanitized(directory: str, kind: str, label: str, env) -> Tally:
+    if not build(directory, '-DCMAKE_BUILD_TYPE=Release', f'-DLATENTD_SANITIZE={kind}', '-DLATENTD_BENCHMARKS=OFF'):
+        return Tally(failed=[f'{label}: build'])
+    # Goldens and speed say nothing new here and are slow under a sanitizer.
+    return ctest(directory, label, '-LE', 'golden|speed', env=env)
+
+
+def step_asan(_) -> Tally:
+    return sanitized('build-asan', 'address', 'asan', {
+        'ASAN_OPTIONS': 'detect_stack_use_after_return=1:strict_string_checks=1',
+        'UBSAN_OPTIONS': 'print_stacktrace=1',
+        'LSAN_OPTIONS': f'suppressions={ROOT}/scripts/lsan.supp:print_suppressions=0',
+    })
+
+
+def step_tsan(_) -> Tally:
+    return sanitized('build-tsan', 'thread', 'tsan', {
+        'TSAN_OPTIONS': f'suppressions={ROOT}/scripts/tsan.supp:halt_on_error=1:second_deadlock_stack=1',
+    })
+
+
+def step_fuzz(options) -> Tally:
+    if not shutil.which('clang++'):
+        return Tally(skipped=['fuzz: clang is missing'])
+    seconds = 600 if options.full else 10
+    if not build('build-fuzz', '-DCMAKE_C_COMPILER=clang', '-DCMAKE_CXX_COMPILER=clang++', '-DCMAKE_BUILD_TYPE=Release',
+                 '-DLATENTD_FUZZ=ON', '-DLATENTD_SANITIZE=address', f'-DLATENTD_FUZZ_SECONDS={seconds}', '-DLATENTD_BENCHMARKS=OFF',
+                 targets=['latentd_fuzz_targets']):
+        return Tally(failed=['fuzz: build'])
+    return ctest('build-fuzz', 'fuzz', '-L', 'fuzz')
+
+
+# ---- end to end ------------------------------------------------------------------------------------------
+
+
+def step_e2e(options) -> Tally:
+    if options.tools_process:
+        options.tools_process.wait()
+    report = ROOT / 'build' / 'e2e.xml'
+    report.unlink(missing_ok=True)
+    run([sys.executable, '-m', 'pytest', '-q', '-rs', '-p', 'no:cacheprovider', f'--junitxml={report}', 'tests/e2e'],
+        ROOT / 'build' / 'log' / 'e2e.log', tail=120, timeout=3600 if options.full else 600)
+    if not report.exists():
+        return Tally(failed=['e2e: pytest'])
+    tally = Tally()
+    for case in ET.parse(report).iter('testcase'):
+        name = f'e2e: {case.get("classname").removeprefix("tests.e2e.")}::{case.get("name")}'
+        skipped = case.find('skipped')
+        if case.find('failure') is not None or case.find('error') is not None:
+            tally.failed.append(name)
+        elif skipped is not None:
+            tally.skipped.append(f'{name}: {skipped.get("message")}')
+        else:
+            tally.passed += 1
+    return tally
+
+
+STEPS = {
+    'format': step_format,
+    'includes': step_includes,
+    'build': step_build,
+    'unit': step_unit,
+    'e2e': step_e2e,
+    'proto': step_proto,  # after e2e, which waits for the tools
+    'asan': step_asan,
+    'tsan': step_tsan,
+    'fuzz': step_fuzz,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog='scripts/test', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('steps', nargs='*', metavar='step', help=f'run only these: {", ".join(STEPS)}')
+    parser.add_argument('--full', action='store_true', help='the long forms: more random steps, 10 minutes a fuzz target, a soak')
+    options = parser.parse_args()
+    for step in options.steps:
+        if step not in STEPS:
+            parser.error(f"unknown step '{step}'; known are: {', '.join(STEPS)}")
+    steps = options.steps or list(STEPS)
+    if options.full:
+        os.environ['LATENTD_TEST_LONG'] = '1'
+
+    # The Go tools compile beside our own code; only e2e and proto need them.
+    options.tools_process = None
+    if {'e2e', 'proto'} & set(steps):
+        options.tools_process = subprocess.Popen(['nice', 'scripts/setup', '--tools'], cwd=ROOT, stdin=subprocess.DEVNULL)
+
+    total = Tally()
+    for step in steps:
+        started = time.monotonic()
+        print(f'{step} ...', flush=True)
+        tally = STEPS[step](options)
+        print(f'{step}: {tally.passed} passed, {len(tally.failed)} failed, {len(tally.skipped)} skipped '
+              f'in {time.monotonic() - started:.0f} s', flush=True)
+        total.add(tally)
+        if step == 'build' and tally.failed:
+            break  # nothing to test
+    if options.tools_process:
+        options.tools_process.wait()
+
+    for name in total.skipped:
+        print(f'SKIPPED {name}')
+    for name in total.failed:
+        print(f'FAILED {name}')
+    print(f'{total.passed} passed, {len(total.failed)} failed' + (f', {len(total.skipped)} skipped' if total.skipped else ''), flush=True)
+    return 1 if total.failed else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
