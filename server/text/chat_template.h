@@ -16,11 +16,13 @@ namespace latentd {
 struct ChatInput {
   nlohmann::ordered_json messages;  // array of {role, content, tool_calls?, ...}; key order is kept
   nlohmann::ordered_json tools;     // array of {type: function, function: {...}}; null: none
-  nlohmann::ordered_json kwargs;    // object of further template variables (thinking, ...); null: none
+  nlohmann::ordered_json
+      kwargs;  // object of further template variables (thinking, ...); null: none
   bool add_generation_prompt = true;
-  bool continue_final_message = false;  // go on with the last message; excludes add_generation_prompt
-  // Let the text of messages, tools and kwargs spell control tokens, as Transformers does. Without it
-  // such text stays text: a user cannot forge a turn.
+  bool continue_final_message =
+      false;  // go on with the last message; excludes add_generation_prompt
+  // Let the text of messages, tools and kwargs spell control tokens, as Transformers does. Without
+  // it such text stays text: a user cannot forge a turn.
   bool parse_control_tokens = false;
 };
 
@@ -29,7 +31,8 @@ struct RenderedChat {
   std::vector<int32_t> tokens;
 };
 
-// A compiled Jinja chat template and the tokenizer that encodes what it renders. Immutable; any thread.
+// A compiled Jinja chat template and the tokenizer that encodes what it renders. Immutable; any
+// thread.
 class ChatTemplate {
  public:
   // INVALID_ARGUMENT with the template's line when it does not compile.

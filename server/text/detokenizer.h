@@ -9,8 +9,8 @@
 
 namespace latentd {
 
-// Turns one sequence's tokens into text as they come: never half a character, O(1) a token. The pieces
-// and the flush together are exactly Tokenizer::Decode() of all tokens. Not thread-safe.
+// Turns one sequence's tokens into text as they come: never half a character, O(1) a token. The
+// pieces and the flush together are exactly Tokenizer::Decode() of all tokens. Not thread-safe.
 class Detokenizer {
  public:
   Detokenizer(std::shared_ptr<const Tokenizer> tokenizer, bool skip_special_tokens);

@@ -6,8 +6,9 @@
 
 namespace latentd {
 
-// Splits a streamed answer at <think> and </think>. The tags themselves, the line break after <think>,
-// the one before </think> and the blank lines after it are in neither part. Not thread-safe.
+// Splits a streamed answer at <think> and </think>. The tags themselves, the line break after
+// <think>, the one before </think> and the blank lines after it are in neither part. Not
+// thread-safe.
 class ReasoningParser {
  public:
   struct Parts {
@@ -15,8 +16,9 @@ class ReasoningParser {
     std::string content;
   };
 
-  // `prompt_tail`: the end of the rendered prompt (64 bytes suffice). If it ends inside an open <think>,
-  // the answer begins with reasoning. An answer that itself begins with <think> does so too.
+  // `prompt_tail`: the rendered prompt, or its end from where the last turn begins (64 bytes
+  // suffice unless a message is continued). If it ends inside an open <think>, the answer begins
+  // with reasoning. An answer that itself begins with <think> does so too.
   explicit ReasoningParser(std::string_view prompt_tail);
 
   Parts Push(std::string_view text);
@@ -30,8 +32,11 @@ class ReasoningParser {
   enum class State { kStart, kReasoning, kAfterReasoning, kContent };
 
   Parts Drain(bool at_end);
+  // The reasoning that held_ begins with; leaves kReasoning at its end.
+  std::string TakeReasoning(bool at_end);
 
   State state_;
+  bool skip_line_break_ = false;  // <think> was read, what follows it not yet
   std::string held_;
 };
 

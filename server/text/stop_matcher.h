@@ -7,8 +7,9 @@
 
 namespace latentd {
 
-// Looks for stop strings in streamed text, across the borders of its pieces. Text is held back only as
-// long as it may still become a stop string; what is given out is never taken back. Not thread-safe.
+// Looks for stop strings in streamed text, across the borders of its pieces. Text is held back only
+// as long as it may still become a stop string; what is given out is never taken back. Not
+// thread-safe.
 class StopMatcher {
  public:
   // `stops`: none empty. With `include_stop` the matched string is left in the text.
@@ -20,8 +21,8 @@ class StopMatcher {
   std::string Flush();
 
   bool matched() const { return matched_ >= 0; }
-  // The stop string that ended the text: the one whose match begins first, and of those the longest
-  // that was complete then. REQUIRES: matched().
+  // The stop string that ended the text: the one that was complete first, and of those the longest.
+  // How the text was cut into pieces makes no difference. REQUIRES: matched().
   const std::string& match() const { return stops_[matched_]; }
 
  private:

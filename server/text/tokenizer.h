@@ -17,7 +17,8 @@ namespace latentd {
 // A Hugging Face tokenizer.json. Immutable after Load(): any number of threads may use it.
 class Tokenizer {
  public:
-  // Reads `dir`/tokenizer.json, and from tokenizer_config.json the names of the begin and end tokens.
+  // Reads `dir`/tokenizer.json, and from tokenizer_config.json the names of the begin and end
+  // tokens.
   static absl::StatusOr<std::shared_ptr<const Tokenizer>> Load(const std::filesystem::path& dir);
   ~Tokenizer();
 
@@ -25,9 +26,10 @@ class Tokenizer {
   int32_t vocab_size() const;
 
   // `text` as token ids; adds no begin token. INVALID_ARGUMENT unless it is UTF-8.
-  // With `parse_control_tokens` the spelling of an added token (<｜User｜>) becomes that token, as in
-  // Transformers; without, text can never yield one.
-  absl::StatusOr<std::vector<int32_t>> Encode(std::string_view text, bool parse_control_tokens) const;
+  // With `parse_control_tokens` the spelling of an added token (<｜User｜>) becomes that token, as
+  // in Transformers; without, text can never yield one.
+  absl::StatusOr<std::vector<int32_t>> Encode(std::string_view text,
+                                              bool parse_control_tokens) const;
 
   // Text of `ids`; bytes that are no UTF-8 become U+FFFD. Ids without a token are nothing.
   std::string Decode(absl::Span<const int32_t> ids, bool skip_special_tokens) const;
