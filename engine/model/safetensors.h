@@ -10,13 +10,14 @@
 #include <string_view>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 
 namespace latentd {
 
 enum class DType { kF32, kBF16, kF16, kF8E4M3, kI32, kI64 };
 
-std::string_view DTypeName(DType dtype);    // "F32", as in a safetensors header
+std::string_view DTypeName(DType dtype);  // "F32", as in a safetensors header
 size_t DTypeBytes(DType dtype);
 
 // A tensor in memory that somebody else owns: row-major, contiguous, aligned to its element.
@@ -32,12 +33,12 @@ struct TensorView {
 };
 
 // The tensors of a Hugging Face checkpoint: model.safetensors, or the shards that
-// model.safetensors.index.json names. Files are mapped, never copied: a view is valid as long as the
-// Checkpoint lives. Thread-safe after Open().
+// model.safetensors.index.json names. Files are mapped, never copied: a view is valid as long as
+// the Checkpoint lives. Thread-safe after Open().
 class Checkpoint {
  public:
-  // Maps the files and checks every header: sizes, offsets, overlaps, dtypes. An error names the file
-  // and, where there is one, the tensor.
+  // Maps the files and checks every header: sizes, offsets, overlaps, dtypes. An error names the
+  // file and, where there is one, the tensor.
   static absl::StatusOr<std::unique_ptr<Checkpoint>> Open(const std::filesystem::path& dir);
   // One file.
   static absl::StatusOr<std::unique_ptr<Checkpoint>> OpenFile(const std::filesystem::path& file);
@@ -50,6 +51,8 @@ class Checkpoint {
  private:
   class MappedFile;
   Checkpoint();
+  absl::Status Add(const std::filesystem::path& path);
+  absl::Status AddShards(const std::filesystem::path& dir);  // those of the index file
 
   std::vector<std::unique_ptr<MappedFile>> files_;
   std::map<std::string, TensorView, std::less<>> tensors_;

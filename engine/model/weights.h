@@ -35,15 +35,15 @@ struct MoeWeights {
 };
 
 struct LayerWeights {
-  TensorView input_layernorm;           // [hidden_size]
-  LinearWeight q_proj;                  // without q_lora_rank: [num_heads * qk_head_dim, hidden_size]
-  LinearWeight q_a_proj;                // [q_lora_rank, hidden_size]
-  TensorView q_a_layernorm;             // [q_lora_rank]
-  LinearWeight q_b_proj;                // [num_heads * qk_head_dim, q_lora_rank]
-  LinearWeight kv_a_proj_with_mqa;      // [kv_lora_rank + qk_rope_head_dim, hidden_size]
-  TensorView kv_a_layernorm;            // [kv_lora_rank]
-  LinearWeight kv_b_proj;               // [num_heads * (qk_nope_head_dim + v_head_dim), kv_lora_rank]
-  LinearWeight o_proj;                  // [hidden_size, num_heads * v_head_dim]
+  TensorView input_layernorm;       // [hidden_size]
+  LinearWeight q_proj;              // without q_lora_rank: [num_heads * qk_head_dim, hidden_size]
+  LinearWeight q_a_proj;            // [q_lora_rank, hidden_size]
+  TensorView q_a_layernorm;         // [q_lora_rank]
+  LinearWeight q_b_proj;            // [num_heads * qk_head_dim, q_lora_rank]
+  LinearWeight kv_a_proj_with_mqa;  // [kv_lora_rank + qk_rope_head_dim, hidden_size]
+  TensorView kv_a_layernorm;        // [kv_lora_rank]
+  LinearWeight kv_b_proj;           // [num_heads * (qk_nope_head_dim + v_head_dim), kv_lora_rank]
+  LinearWeight o_proj;              // [hidden_size, num_heads * v_head_dim]
   TensorView post_attention_layernorm;  // [hidden_size]
   MlpWeights mlp;                       // dense layers
   MoeWeights moe;                       // the others
@@ -51,10 +51,10 @@ struct LayerWeights {
 
 // Where the weights of a model lie. Copying shares the memory behind it.
 struct ModelWeights {
-  TensorView embed_tokens;  // [vocab_size, hidden_size]
+  TensorView embed_tokens;           // [vocab_size, hidden_size]
   std::vector<LayerWeights> layers;  // [num_hidden_layers]
-  TensorView norm;          // [hidden_size]
-  TensorView lm_head;       // [vocab_size, hidden_size]; embed_tokens' view when they are tied
+  TensorView norm;                   // [hidden_size]
+  TensorView lm_head;  // [vocab_size, hidden_size]; embed_tokens' view when they are tied
 
   std::shared_ptr<const void> storage;  // keeps the memory of all views
 };
@@ -68,10 +68,12 @@ enum class LoadFormat {
 using LoadProgress = std::function<void(uint64_t done_bytes, uint64_t total_bytes)>;
 
 // Finds and checks every tensor of the model in `dir`. Missing, surplus (outside the MTP layers),
-// wrongly shaped or typed tensors are refused by name, all of them at once up to a limit. The mapped
-// pages are read ahead, so that the first step does not wait for the disk; that is the progress.
-absl::StatusOr<ModelWeights> LoadWeights(const ModelConfig& config, const std::filesystem::path& dir,
-                                         LoadFormat format, const LoadProgress& progress);
+// wrongly shaped or typed tensors are refused by name, all of them at once up to a limit. The
+// mapped pages are read ahead, so that the first step does not wait for the disk; that is the
+// progress.
+absl::StatusOr<ModelWeights> LoadWeights(const ModelConfig& config,
+                                         const std::filesystem::path& dir, LoadFormat format,
+                                         const LoadProgress& progress);
 
 }  // namespace latentd
 

@@ -1,0 +1,211 @@
+#include "engine/model/dummy_weights.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "engine/model/host_memory.h"
+#include "engine/model/layout.h"
+#include "engine/model/load_jobs.h"
+#include "engine/model/quantization.h"
+#include "engine/status.h"
+
+namespace latentd {
+namespace {
+
+constexpr size_t kAlignment = 64;
+constexpr float kSmallDeviation = 0.01f;
+
+// The middles of 256 equally likely slices of the normal distribution: a byte of hash picks one.
+std::array<float, 256> MakeNormalQuantiles() {
+  std::array<float, 256> quantiles;
+  for (int i = 0; i < 256; ++i) {
+    const double probability = (i + 0.5) / 256;
+    double low = -4, high = 4;
+    for (int step = 0; step < 50; ++step) {
+      const double middle = (low + high) / 2;
+      (0.5 * std::erfc(-middle / std::sqrt(2.0)) < probability ? low : high) = middle;
+    }
+    quantiles[i] = static_cast<float>(low);
+  }
+  return quantiles;
+}
+
+const std::array<float, 256>& NormalQuantiles() {
+  static const std::array<float, 256> quantiles = MakeNormalQuantiles();
+  return quantiles;
+}
+
+// SplitMix64's output function over a counter.
+uint64_t Hash(uint64_t tensor, uint64_t counter) {
+  uint64_t x = (tensor << 40) + counter + 0x9e3779b97f4a7c15ull * (counter + 1);
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+  return x ^ (x >> 31);
+}
+
+// Fills elements [begin, end) of tensor number `tensor` with the table's entries; begin is a
+// multiple of 8.
+template <typename T>
+void FillFrom(const std::array<T, 256>& table, uint64_t tensor, int64_t begin, int64_t end,
+              T* out) {
+  for (int64_t i = begin; i < end; i += 8) {
+    uint64_t bytes = Hash(tensor, static_cast<uint64_t>(i));
+    for (int64_t j = i; j < std::min(i + 8, end); ++j, bytes >>= 8) out[j] = table[bytes & 0xff];
+  }
+}
+
+// One tensor to fill.
+struct Fill {
+  TensorView* view;
+  float mean = 0;
+  float deviation = 0;  // 0: all elements are `mean`
+};
+
+// Gives every tensor its type, shape and content; addresses come when the total is known.
+class Planner : public WeightVisitor {
+ public:
+  explicit Planner(const ModelConfig& config) : config_(config) {}
+
+  void Tensor(const TensorSpec& spec, TensorView& view) override {
+    const DType dtype = spec.kind == WeightKind::kCorrectionBias ? DType::kF32 : DType::kBF16;
+    const bool small = spec.kind == WeightKind::kCorrectionBias || spec.kind == WeightKind::kBias;
+    const bool norm = spec.kind == WeightKind::kNorm;
+    const float deviation = norm ? 0 : small ? kSmallDeviation : Deviation(spec.shape);
+    Add(view, dtype, spec.shape, norm ? 1.0f : 0.0f, deviation);
+  }
+
+  void Linear(const TensorSpec& spec, LinearWeight& linear) override {
+    const float deviation = Deviation(spec.shape);
+    if (!config_.quantization) return Add(linear.weight, DType::kBF16, spec.shape, 0, deviation);
+    Add(linear.weight, DType::kF8E4M3, spec.shape, 0, deviation);
+    Add(linear.scale_inv, DType::kF32, ScaleShape(*config_.quantization, spec.shape),
+        deviation * E4m3Unit(), 0);
+  }
+
+  // What a unit of deviation is multiplied by to use the whole range of e4m3, inverted.
+  static float E4m3Unit() { return NormalQuantiles().back() / kE4m3Max; }
+
+  size_t num_bytes() const { return num_bytes_; }
+  const std::vector<Fill>& fills() const { return fills_; }
+
+  void Place(std::byte* memory) {
+    for (Fill& fill : fills_) {
+      fill.view->data = memory;
+      memory += Padded(fill.view->num_bytes());
+    }
+  }
+
+ private:
+  static float Deviation(const std::vector<int64_t>& shape) {
+    return 1.0f / std::sqrt(static_cast<float>(shape.back()));
+  }
+  static size_t Padded(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+  void Add(TensorView& view, DType dtype, const std::vector<int64_t>& shape, float mean,
+           float deviation) {
+    view = {.dtype = dtype, .shape = shape};
+    fills_.push_back({&view, mean, deviation});
+    num_bytes_ += Padded(view.num_bytes());
+  }
+
+  const ModelConfig& config_;
+  std::vector<Fill> fills_;
+  size_t num_bytes_ = 0;
+};
+
+class AnonymousMemory {
+ public:
+  static absl::StatusOr<std::shared_ptr<AnonymousMemory>> Allocate(size_t bytes) {
+    const uint64_t available = AvailableMemoryBytes();
+    if (bytes > available) {
+      return absl::ResourceExhaustedError(absl::StrFormat(
+          "the weights need %d bytes of memory; %d are available", bytes, available));
+    }
+    void* data = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (data == MAP_FAILED) {
+      return absl::ResourceExhaustedError(
+          absl::StrFormat("cannot allocate %d bytes for weights: %s", bytes, std::strerror(errno)));
+    }
+    ::madvise(data, bytes, MADV_HUGEPAGE);
+    return std::shared_ptr<AnonymousMemory>(new AnonymousMemory(data, bytes));
+  }
+  ~AnonymousMemory() { ::munmap(data_, bytes_); }
+  AnonymousMemory(const AnonymousMemory&) = delete;
+  AnonymousMemory& operator=(const AnonymousMemory&) = delete;
+
+  std::byte* data() const { return static_cast<std::byte*>(data_); }
+
+ private:
+  AnonymousMemory(void* data, size_t bytes) : data_(data), bytes_(bytes) {}
+  void* data_;
+  size_t bytes_;
+};
+
+// The quantiles, spread over the whole range of e4m3.
+std::array<uint8_t, 256> E4m3Quantiles() {
+  std::array<uint8_t, 256> codes;
+  for (int i = 0; i < 256; ++i) codes[i] = FloatToE4m3(NormalQuantiles()[i] / Planner::E4m3Unit());
+  return codes;
+}
+
+void FillElements(const std::array<uint8_t, 256>& e4m3, const Fill& fill, uint64_t tensor,
+                  int64_t begin, int64_t end) {
+  // The memory is ours and the views are const for everybody else.
+  auto* data = const_cast<std::byte*>(fill.view->data);
+  if (fill.view->dtype == DType::kF8E4M3) {
+    return FillFrom(e4m3, tensor, begin, end, reinterpret_cast<uint8_t*>(data));
+  }
+  std::array<float, 256> values;
+  for (int i = 0; i < 256; ++i) values[i] = fill.mean + fill.deviation * NormalQuantiles()[i];
+  if (fill.view->dtype == DType::kF32) {
+    return FillFrom(values, tensor, begin, end, reinterpret_cast<float*>(data));
+  }
+  std::array<uint16_t, 256> bf16;
+  std::transform(values.begin(), values.end(), bf16.begin(), FloatToBf16);
+  FillFrom(bf16, tensor, begin, end, reinterpret_cast<uint16_t*>(data));
+}
+
+}  // namespace
+
+absl::StatusOr<ModelWeights> MakeDummyWeights(const ModelConfig& config,
+                                              const LoadProgress& progress) {
+  ModelWeights weights;
+  Planner planner(config);
+  VisitWeights(config, weights, planner);
+  ASSIGN_OR_RETURN(std::shared_ptr<AnonymousMemory> memory,
+                   AnonymousMemory::Allocate(planner.num_bytes()));
+  planner.Place(memory->data());
+
+  const std::array<uint8_t, 256> e4m3 = E4m3Quantiles();
+  std::vector<LoadJob> jobs;
+  for (size_t i = 0; i < planner.fills().size(); ++i) {
+    const Fill& fill = planner.fills()[i];
+    const int64_t n = fill.view->num_elements();
+    const auto element_bytes = static_cast<int64_t>(DTypeBytes(fill.view->dtype));
+    const int64_t step = static_cast<int64_t>(kLoadJobBytes) / element_bytes;
+    for (int64_t begin = 0; begin < n; begin += step) {
+      const int64_t end = std::min(begin + step, n);
+      jobs.push_back(
+          {static_cast<uint64_t>((end - begin) * element_bytes), [&e4m3, &fill, i, begin, end] {
+             FillElements(e4m3, fill, i, begin, end);
+             return absl::OkStatus();
+           }});
+    }
+  }
+  RETURN_IF_ERROR(RunLoadJobs(jobs, progress));
+  weights.storage = std::move(memory);
+  return weights;
+}
+
+}  // namespace latentd
