@@ -17,7 +17,7 @@ namespace latentd {
 // What the core did in one step; for metrics.
 struct StepReport {
   int32_t num_sequences = 0;
-  int32_t num_tokens = 0;       // computed
+  int32_t num_tokens = 0;  // computed
   int32_t num_sampled = 0;
   absl::Duration schedule, execute, update;
 };
@@ -26,43 +26,49 @@ struct StepReport {
 struct CoreStats {
   int32_t num_waiting = 0;
   int32_t num_running = 0;
-  int32_t num_blocks = 0;        // all dp_ranks
-  int32_t num_free_blocks = 0;   // cached but unused blocks are free
+  int32_t num_blocks = 0;       // all dp_ranks
+  int32_t num_free_blocks = 0;  // cached but unused blocks are free
   int64_t num_steps = 0;
   int64_t num_preemptions = 0;
-  int64_t prompt_tokens = 0;     // admitted
-  int64_t cached_tokens = 0;     // of those, found in the prefix cache
-  // Zero while no step runs; else when the running one began. A watchdog judges it: Execute may never return.
+  int64_t prompt_tokens = 0;  // admitted
+  int64_t cached_tokens = 0;  // of those, found in the prefix cache
+  // InfinitePast while no step runs; else when the running one began. A watchdog judges it: Execute
+  // may never return.
   absl::Time step_started_at = absl::InfinitePast();
 };
 
 // The core thread: inbox -> Schedule -> Execute -> Update -> events, over and over.
 //
 // Submit, Cancel and stats may be called from any thread and never wait for a step.
+//
+// When a step fails, its requests end with kFailed and UNAVAILABLE, and the others go on. After three
+// failed steps on end all requests end so, and for a second Submit refuses with the engine's error;
+// then the next request is a new try.
 class EngineCore {
  public:
   struct Callbacks {
     // Called by the core thread, in order, and must not block: the events of one step together.
     std::function<void(std::vector<SequenceEvent>)> on_events;
-    std::function<void(const StepReport&)> on_step;  // may be empty
+    std::function<void(const StepReport&)> on_step = nullptr;  // may be empty
   };
 
   // `engine` is not owned and must outlive the core. Starts the thread.
   EngineCore(const SchedulerConfig& config, Engine* engine, Callbacks callbacks);
   ~EngineCore();  // Stop()
 
-  // Hands a request over. RESOURCE_EXHAUSTED when max_waiting requests wait already, INVALID_ARGUMENT
-  // when it could never fit, UNAVAILABLE after Stop(). After OK its events follow, ending with a
-  // finish, kFailed, or nothing more after Cancel().
+  // Hands a request over. RESOURCE_EXHAUSTED when max_waiting requests wait already,
+  // INVALID_ARGUMENT when it could never fit, UNAVAILABLE after Stop(). After OK its events follow,
+  // ending with a finish, kFailed, or nothing more after Cancel().
   absl::Status Submit(Request request);
 
-  // Forgets a request; its blocks are free at the next step. No-op if unknown or finished. Events that
-  // are on their way may still arrive.
+  // Forgets a request; its blocks are free at the next step. No-op if unknown or finished. Events
+  // that are on their way may still arrive.
   void Cancel(RequestId id);
 
   CoreStats stats() const;
 
-  // Ends the thread after the running step. What is unfinished gets kFailed with UNAVAILABLE.
+  // Ends the thread after the running step. What is unfinished gets kFailed with UNAVAILABLE. Any
+  // thread, any number of times, but not from within a callback.
   void Stop();
 
  private:

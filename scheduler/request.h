@@ -35,10 +35,11 @@ struct SequenceEvent {
 
   RequestId id = 0;
   Kind kind = Kind::kToken;
-  int32_t cached_tokens = 0;  // kStarted: prompt tokens found in the prefix cache; sent once, at the first admission
-  TokenId token = 0;          // kToken
+  int32_t cached_tokens =
+      0;  // kStarted: prompt tokens found in the prefix cache; sent once, at the first admission
+  TokenId token = 0;                          // kToken
   FinishReason finish = FinishReason::kNone;  // kToken: not kNone with the last one
-  absl::Status error;         // kFailed, the last event
+  absl::Status error = absl::OkStatus();      // kFailed, the last event
 };
 
 }  // namespace latentd

@@ -2,14 +2,159 @@
 #define LATENTD_SCHEDULER_SCHEDULER_H_
 
 #include <cstdint>
+#include <deque>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "absl/container/btree_map.h"
+#include "absl/container/flat_hash_map.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "engine/engine.h"
+#include "engine/step.h"
+#include "scheduler/block_pool.h"
+#include "scheduler/request.h"
+#include "scheduler/sequence.h"
 
 namespace latentd {
 
 struct SchedulerConfig {
   int32_t max_step_tokens = 8192;  // token budget of a step; never more than the engine's
   int32_t max_running = 256;       // sequences in a step; never more than the engine's
-  int32_t max_waiting = 1024;      // beyond this, a request is refused
+  int32_t max_waiting = 1024;      // requests not begun yet; beyond this, a request is refused
   bool prefix_caching = true;
+};
+
+// OK when `request` is well-formed and could run alone on an empty engine; else INVALID_ARGUMENT
+// with the field, its value and the limit. Any thread.
+absl::Status CheckRequest(const Request& request, const EngineInfo& engine,
+                          int32_t block_size = kBlockSize);
+
+// Decides, step by step, which tokens of which sequences to compute.
+//
+//   plan   = scheduler.Schedule();
+//   result = engine.Execute(plan);
+//   events = scheduler.Update(plan, result);     or scheduler.Abort(plan, error)
+//
+// Pure bookkeeping: no threads, no clock, no I/O, no device. The same calls give the same plans.
+// The policy and the invariants are in README.md. Not thread-safe; EngineCore owns it.
+//
+// From Schedule() to Update() or Abort() a step is under way: the engine may be writing the blocks
+// of its plan. None of them is handed out before the step is over, because only Schedule() hands
+// out blocks and it must not be called within a step; Cancel() may be.
+class Scheduler {
+ public:
+  // What only tests change.
+  struct BlockOptions {
+    int32_t block_size = kBlockSize;
+    BlockHashFunction hash = HashBlock;
+  };
+
+  Scheduler(const SchedulerConfig& config, const EngineInfo& engine)
+      : Scheduler(config, engine, BlockOptions()) {}
+  Scheduler(const SchedulerConfig& config, const EngineInfo& engine, BlockOptions options);
+
+  Scheduler(const Scheduler&) = delete;
+  Scheduler& operator=(const Scheduler&) = delete;
+
+  // Queues a request. INVALID_ARGUMENT if it could never fit, RESOURCE_EXHAUSTED if max_waiting
+  // wait already, ALREADY_EXISTS if its id is in use.
+  absl::Status Add(Request request);
+
+  // Forgets a request; its blocks are free from the next Schedule() on. No events of it follow.
+  // No-op if unknown.
+  void Cancel(RequestId id);
+
+  // Plans the next step. An empty plan means that there is nothing to run, and begins no step.
+  // REQUIRES: no step is under way.
+  StepPlan Schedule();
+
+  // The kStarted events of the latest Schedule(): the requests it admitted for the first time.
+  const std::vector<SequenceEvent>& started() const { return started_; }
+
+  // Applies the result of the step under way, and ends it. INTERNAL when the result does not fit
+  // the plan; then nothing has changed and the step is to be ended by Abort().
+  absl::StatusOr<std::vector<SequenceEvent>> Update(const StepPlan& plan, const StepResult& result);
+
+  // Ends the step under way after an error of the engine, whose cache is undefined now: the
+  // sequences of the plan fail with `error`; the other running ones wait to be computed again from
+  // their first token; nothing is cached any more.
+  std::vector<SequenceEvent> Abort(const StepPlan& plan, const absl::Status& error);
+
+  // Fails all requests, waiting ones too.
+  // REQUIRES: no step is under way.
+  std::vector<SequenceEvent> FailAll(const absl::Status& error);
+
+  // No requests at all.
+  bool idle() const { return sequences_.empty(); }
+
+  int32_t num_running() const { return static_cast<int32_t>(running_.size()); }
+  int32_t num_waiting() const { return static_cast<int32_t>(waiting_.size()); }
+  int32_t num_not_started() const { return num_not_started_; }  // of the waiting ones
+  int32_t num_blocks() const;                                   // all dp_ranks
+  int32_t num_free_blocks() const;                              // all dp_ranks
+  int64_t num_preemptions() const { return num_preemptions_; }
+  int64_t prompt_tokens() const { return prompt_tokens_; }  // of started requests
+  int64_t cached_tokens() const { return cached_tokens_; }  // of those, found in the cache
+
+  // Aborts unless the invariants hold. O(everything); for tests.
+  void CheckInvariants() const;
+
+ private:
+  // Waiting requests in the order of their admission: by priority, then by arrival.
+  using WaitingKey = std::pair<int64_t, int64_t>;  // -priority, arrival
+  static WaitingKey KeyOf(const Sequence& sequence);
+
+  // A sequence's share of the step under way, in plan order.
+  struct Share {
+    Sequence* sequence;
+    int32_t num_tokens;
+  };
+
+  // Schedule(), part by part. `budget` is the number of tokens that the step has left.
+  bool ContinueRunning(int32_t* budget);  // true if it preempted
+  void AdmitWaiting(int32_t budget);
+  StepPlan MakePlan();
+
+  // Appends blocks for the first `num_tokens` tokens of a running sequence, preempting others of
+  // its rank or, at last, itself: false then.
+  bool GrowTable(Sequence* sequence, int32_t num_tokens, int32_t* budget, bool* preempted);
+  Sequence* FindVictim(int32_t dp_rank) const;
+  void Preempt(Sequence* sequence, int32_t* budget);
+
+  // The rank with the most room for a waiting sequence, or -1 if it fits nowhere now.
+  int32_t ChooseRank(Sequence* sequence, absl::Span<const int32_t> promised) const;
+  std::vector<int32_t> PromisedBlocks() const;
+  void Run(Sequence* sequence, int32_t rank);  // a sequence that is in waiting_ no more
+  void AddShare(Sequence* sequence, int32_t num_tokens, int32_t* budget);
+
+  absl::Status CheckResult(const StepPlan& plan, const StepResult& result) const;
+  void Suspend(Sequence* sequence);  // into waiting_, nothing computed; the caller tends running_
+  void Forget(absl::Span<Sequence* const> sequences);
+  void EndStep();
+
+  const SchedulerConfig config_;
+  const EngineInfo engine_;
+  const BlockOptions options_;
+  const int32_t max_step_tokens_;  // the lower of the configured and the engine's
+  const int32_t max_running_;      // likewise
+
+  std::deque<BlockPool> pools_;  // [num_dp_ranks]; before the sequences, whose tables refer to them
+  absl::flat_hash_map<RequestId, std::unique_ptr<Sequence>> sequences_;  // each waits or runs
+  absl::btree_map<WaitingKey, Sequence*> waiting_;
+  std::vector<Sequence*> running_;  // oldest first
+  int64_t next_arrival_ = 0;
+  int32_t num_not_started_ = 0;
+
+  int64_t next_step_ = 0;
+  bool in_step_ = false;
+  std::vector<Share> shares_;
+  std::vector<SequenceEvent> started_;
+
+  int64_t num_preemptions_ = 0;
+  int64_t prompt_tokens_ = 0;
+  int64_t cached_tokens_ = 0;
 };
 
 }  // namespace latentd

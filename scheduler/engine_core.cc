@@ -1,0 +1,235 @@
+#include "scheduler/engine_core.h"
+
+#include <algorithm>
+#include <string>
+#include <thread>
+#include <utility>
+#include <variant>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/clock.h"
+
+namespace latentd {
+namespace {
+
+// An engine that fails this many steps on end is given a rest before it is tried again; until then
+// requests are refused at once, instead of each being led to another failing step.
+constexpr int kMaxFailedSteps = 3;
+constexpr absl::Duration kRest = absl::Seconds(1);
+
+absl::Status StoppedError() { return absl::UnavailableError("the engine core has stopped"); }
+
+absl::Status FailedStepError(const absl::Status& cause) {
+  return absl::UnavailableError(absl::StrCat("the engine failed: ", cause.message()));
+}
+
+}  // namespace
+
+class EngineCore::Impl {
+ public:
+  Impl(const SchedulerConfig& config, Engine* engine, Callbacks callbacks)
+      : max_waiting_(config.max_waiting),
+        info_(engine->info()),
+        engine_(engine),
+        callbacks_(std::move(callbacks)),
+        scheduler_(config, info_) {
+    {
+      absl::MutexLock lock(&mutex_);
+      Publish();
+    }
+    thread_ = std::thread([this] { Run(); });
+  }
+
+  absl::Status Submit(Request request) ABSL_LOCKS_EXCLUDED(mutex_) {
+    const absl::Status fits = CheckRequest(request, info_);
+    absl::MutexLock lock(&mutex_);
+    if (stopping_) return StoppedError();
+    if (!fits.ok()) return fits;
+    if (!rest_reason_.ok()) {
+      if (absl::Now() < rest_until_) return rest_reason_;
+      rest_reason_ = absl::OkStatus();
+    }
+    const int32_t num_waiting = num_not_started_ + num_submitted_;
+    if (num_waiting >= max_waiting_) {
+      return absl::ResourceExhaustedError(
+          absl::StrCat(num_waiting, " requests are waiting; max_waiting is ", max_waiting_));
+    }
+    inbox_.emplace_back(std::move(request));
+    ++num_submitted_;
+    return absl::OkStatus();
+  }
+
+  void Cancel(RequestId id) ABSL_LOCKS_EXCLUDED(mutex_) {
+    absl::MutexLock lock(&mutex_);
+    if (!stopping_) inbox_.emplace_back(id);
+  }
+
+  CoreStats stats() const ABSL_LOCKS_EXCLUDED(mutex_) {
+    absl::MutexLock lock(&mutex_);
+    CoreStats stats = stats_;
+    stats.num_waiting += num_submitted_;
+    return stats;
+  }
+
+  void Stop() ABSL_LOCKS_EXCLUDED(mutex_, join_mutex_) {
+    {
+      absl::MutexLock lock(&mutex_);
+      stopping_ = true;
+    }
+    absl::MutexLock lock(&join_mutex_);
+    if (thread_.joinable()) thread_.join();
+  }
+
+ private:
+  using Message = std::variant<Request, RequestId>;  // Submit, Cancel
+
+  // ---- the core thread; scheduler_ is its own ----
+
+  void Run() {
+    while (TakeMessages()) RunStep();
+    Emit(scheduler_.FailAll(StoppedError()));
+    absl::MutexLock lock(&mutex_);
+    Publish();
+  }
+
+  // Waits until there is something to do, and gives the scheduler what came in. False once stopped.
+  bool TakeMessages() ABSL_LOCKS_EXCLUDED(mutex_) {
+    std::vector<Message> messages;
+    bool stopping;
+    {
+      absl::MutexLock lock(&mutex_);
+      if (scheduler_.idle()) mutex_.Await(absl::Condition(this, &Impl::HasMessages));
+      messages.swap(inbox_);
+      num_not_started_ += std::exchange(num_submitted_, 0);
+      stopping = stopping_;
+    }
+    std::vector<SequenceEvent> refused;
+    for (Message& message : messages) {
+      if (const RequestId* id = std::get_if<RequestId>(&message)) {
+        scheduler_.Cancel(*id);
+        continue;
+      }
+      Request& request = std::get<Request>(message);
+      const RequestId id = request.id;
+      // Submit has checked all but one thing: that the id is new.
+      if (absl::Status added = scheduler_.Add(std::move(request)); !added.ok()) {
+        refused.push_back({.id = id,
+                           .kind = SequenceEvent::Kind::kFailed,
+                           .finish = FinishReason::kError,
+                           .error = std::move(added)});
+      }
+    }
+    Emit(std::move(refused));
+    return !stopping;
+  }
+
+  void RunStep() ABSL_LOCKS_EXCLUDED(mutex_) {
+    const absl::Time start = absl::Now();
+    const StepPlan plan = scheduler_.Schedule();
+    const absl::Time scheduled = absl::Now();
+    {
+      absl::MutexLock lock(&mutex_);
+      Publish();
+      if (!plan.empty()) stats_.step_started_at = scheduled;
+    }
+    if (plan.empty()) return;  // only cancels came in
+    Emit(scheduler_.started());
+
+    absl::StatusOr<StepResult> result = engine_->Execute(plan);
+    const absl::Time executed = absl::Now();
+
+    absl::StatusOr<std::vector<SequenceEvent>> events =
+        result.ok() ? scheduler_.Update(plan, *result) : result.status();
+    num_failed_steps_ = events.ok() ? 0 : num_failed_steps_ + 1;
+    if (!events.ok()) events = Fail(plan, FailedStepError(events.status()));
+    const absl::Time updated = absl::Now();
+    {
+      absl::MutexLock lock(&mutex_);
+      ++stats_.num_steps;
+      stats_.step_started_at = absl::InfinitePast();
+      Publish();
+    }
+    Emit(*std::move(events));
+    if (callbacks_.on_step) {
+      callbacks_.on_step(
+          {.num_sequences = static_cast<int32_t>(plan.sequences.size()),
+           .num_tokens = static_cast<int32_t>(plan.tokens.size()),
+           .num_sampled = result.ok() ? static_cast<int32_t>(result->sampled.size()) : 0,
+           .schedule = scheduled - start,
+           .execute = executed - scheduled,
+           .update = updated - executed});
+    }
+  }
+
+  // Ends a failed step: its requests fail; all do if the engine keeps failing.
+  std::vector<SequenceEvent> Fail(const StepPlan& plan, const absl::Status& error)
+      ABSL_LOCKS_EXCLUDED(mutex_) {
+    std::vector<SequenceEvent> events = scheduler_.Abort(plan, error);
+    if (num_failed_steps_ < kMaxFailedSteps) return events;
+    std::vector<SequenceEvent> others = scheduler_.FailAll(error);
+    std::move(others.begin(), others.end(), std::back_inserter(events));
+    absl::MutexLock lock(&mutex_);
+    rest_until_ = absl::Now() + kRest;
+    rest_reason_ = error;
+    return events;
+  }
+
+  void Emit(std::vector<SequenceEvent> events) {
+    if (!events.empty()) callbacks_.on_events(std::move(events));
+  }
+
+  void Publish() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    num_not_started_ = scheduler_.num_not_started();
+    stats_.num_waiting = scheduler_.num_waiting();
+    stats_.num_running = scheduler_.num_running();
+    stats_.num_blocks = scheduler_.num_blocks();
+    stats_.num_free_blocks = scheduler_.num_free_blocks();
+    stats_.num_preemptions = scheduler_.num_preemptions();
+    stats_.prompt_tokens = scheduler_.prompt_tokens();
+    stats_.cached_tokens = scheduler_.cached_tokens();
+  }
+
+  bool HasMessages() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    return stopping_ || !inbox_.empty();
+  }
+
+  // Constant after construction.
+  const int32_t max_waiting_;
+  const EngineInfo info_;
+  Engine* const engine_;
+  const Callbacks callbacks_;
+
+  // The core thread's.
+  Scheduler scheduler_;
+  int num_failed_steps_ = 0;  // on end
+
+  // Never held during Schedule, Execute, Update or a callback.
+  mutable absl::Mutex mutex_;
+  bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
+  std::vector<Message> inbox_ ABSL_GUARDED_BY(mutex_);
+  int32_t num_submitted_ ABSL_GUARDED_BY(mutex_) = 0;    // requests in the inbox
+  int32_t num_not_started_ ABSL_GUARDED_BY(mutex_) = 0;  // of the scheduler, when it was last seen
+  absl::Time rest_until_ ABSL_GUARDED_BY(mutex_) = absl::InfinitePast();
+  absl::Status rest_reason_ ABSL_GUARDED_BY(mutex_);  // not OK: refuse until rest_until_
+  CoreStats stats_ ABSL_GUARDED_BY(mutex_);
+
+  absl::Mutex join_mutex_ ABSL_ACQUIRED_BEFORE(mutex_);
+  std::thread thread_ ABSL_GUARDED_BY(join_mutex_);
+};
+
+EngineCore::EngineCore(const SchedulerConfig& config, Engine* engine, Callbacks callbacks)
+    : impl_(std::make_unique<Impl>(config, engine, std::move(callbacks))) {}
+
+EngineCore::~EngineCore() { Stop(); }
+
+absl::Status EngineCore::Submit(Request request) { return impl_->Submit(std::move(request)); }
+
+void EngineCore::Cancel(RequestId id) { impl_->Cancel(id); }
+
+CoreStats EngineCore::stats() const { return impl_->stats(); }
+
+void EngineCore::Stop() { impl_->Stop(); }
+
+}  // namespace latentd

@@ -1,0 +1,445 @@
+#include "scheduler/scheduler.h"
+
+#include <algorithm>
+#include <limits>
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "engine/status.h"
+
+namespace latentd {
+namespace {
+
+absl::Status CheckTokens(const std::vector<TokenId>& tokens, absl::string_view field,
+                         int32_t vocab_size) {
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    if (tokens[i] < 0 || tokens[i] >= vocab_size) {
+      return absl::InvalidArgumentError(absl::StrCat(field, "[", i, "] is token ", tokens[i],
+                                                     "; the vocabulary has ", vocab_size));
+    }
+  }
+  return absl::OkStatus();
+}
+
+// Why a sequence ends with `token`, its latest.
+FinishReason FinishWith(const Sequence& sequence, TokenId token) {
+  const std::vector<TokenId>& stops = sequence.request().stop_token_ids;
+  if (std::find(stops.begin(), stops.end(), token) != stops.end()) return FinishReason::kStop;
+  if (sequence.num_new_tokens() == sequence.request().max_new_tokens) return FinishReason::kLength;
+  return FinishReason::kNone;
+}
+
+SequenceEvent FailedEvent(RequestId id, const absl::Status& error) {
+  return {.id = id,
+          .kind = SequenceEvent::Kind::kFailed,
+          .finish = FinishReason::kError,
+          .error = error};
+}
+
+SequenceEvent StartedEvent(RequestId id, int32_t cached_tokens) {
+  return {.id = id, .kind = SequenceEvent::Kind::kStarted, .cached_tokens = cached_tokens};
+}
+
+SequenceEvent TokenEvent(RequestId id, TokenId token, FinishReason finish) {
+  return {.id = id, .kind = SequenceEvent::Kind::kToken, .token = token, .finish = finish};
+}
+
+}  // namespace
+
+absl::Status CheckRequest(const Request& request, const EngineInfo& engine, int32_t block_size) {
+  if (request.prompt.empty()) return absl::InvalidArgumentError("prompt has no tokens");
+  if (request.max_new_tokens < 1) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("max_new_tokens is ", request.max_new_tokens, "; it must be 1 or more"));
+  }
+  if (request.min_new_tokens < 0 || request.min_new_tokens > request.max_new_tokens) {
+    return absl::InvalidArgumentError(absl::StrCat("min_new_tokens is ", request.min_new_tokens,
+                                                   "; it must be from 0 to max_new_tokens, ",
+                                                   request.max_new_tokens));
+  }
+  const int64_t num_tokens = static_cast<int64_t>(request.prompt.size()) + request.max_new_tokens;
+  const std::string sum = absl::StrCat("prompt has ", request.prompt.size(),
+                                       " tokens and max_new_tokens is ", request.max_new_tokens);
+  if (num_tokens > engine.max_model_len) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(sum, ", together ", num_tokens, "; the model accepts ", engine.max_model_len));
+  }
+  // The last token is drawn but never computed, so it needs no place in the cache.
+  const int64_t capacity = static_cast<int64_t>(engine.num_blocks) * block_size;
+  if (num_tokens - 1 > capacity) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(sum, ", together ", num_tokens, "; the KV cache of a rank has room for ",
+                     capacity, " (", engine.num_blocks, " blocks of ", block_size, ")"));
+  }
+  RETURN_IF_ERROR(CheckTokens(request.prompt, "prompt", engine.vocab_size));
+  return CheckTokens(request.stop_token_ids, "stop_token_ids", engine.vocab_size);
+}
+
+Scheduler::Scheduler(const SchedulerConfig& config, const EngineInfo& engine, BlockOptions options)
+    : config_(config),
+      engine_(engine),
+      options_(options),
+      max_step_tokens_(std::min(config.max_step_tokens, engine.max_step_tokens)),
+      max_running_(std::min(config.max_running, engine.max_sequences)) {
+  LATENTD_CHECK(max_step_tokens_ > 0 && max_running_ > 0 && engine.num_dp_ranks > 0);
+  for (int32_t rank = 0; rank < engine.num_dp_ranks; ++rank) {
+    pools_.emplace_back(engine.num_blocks, options.block_size);
+  }
+}
+
+absl::Status Scheduler::Add(Request request) {
+  RETURN_IF_ERROR(CheckRequest(request, engine_, options_.block_size));
+  if (num_not_started_ >= config_.max_waiting) {
+    return absl::ResourceExhaustedError(absl::StrCat(
+        num_not_started_, " requests are waiting; max_waiting is ", config_.max_waiting));
+  }
+  std::unique_ptr<Sequence>& slot = sequences_[request.id];
+  if (slot != nullptr) {
+    return absl::AlreadyExistsError(absl::StrCat("request id ", request.id, " is in use"));
+  }
+  slot = std::make_unique<Sequence>(std::move(request), next_arrival_++, options_.block_size,
+                                    options_.hash);
+  waiting_.emplace(KeyOf(*slot), slot.get());
+  ++num_not_started_;
+  return absl::OkStatus();
+}
+
+void Scheduler::Cancel(RequestId id) {
+  const auto it = sequences_.find(id);
+  if (it == sequences_.end()) return;
+  Sequence* sequence = it->second.get();
+  if (sequence->scheduled) {
+    sequence->cancelled = true;  // until the step is over
+  } else {
+    Forget({&sequence, 1});
+  }
+}
+
+StepPlan Scheduler::Schedule() {
+  LATENTD_CHECK(!in_step_);
+  started_.clear();
+  int32_t budget = max_step_tokens_;
+  const bool preempted = ContinueRunning(&budget);
+  // What was preempted would come right back, or younger ones take its place.
+  if (!preempted) AdmitWaiting(budget);
+  return MakePlan();
+}
+
+bool Scheduler::ContinueRunning(int32_t* budget) {
+  bool preempted = false;
+  const std::vector<Sequence*> oldest_first = running_;
+  for (Sequence* sequence : oldest_first) {
+    if (*budget == 0) break;
+    if (!sequence->running) continue;  // preempted by an older one
+    const int32_t num_tokens =
+        std::min(sequence->num_tokens() - sequence->num_computed_tokens(), *budget);
+    if (GrowTable(sequence, sequence->num_computed_tokens() + num_tokens, budget, &preempted)) {
+      AddShare(sequence, num_tokens, budget);
+    }
+  }
+  return preempted;
+}
+
+bool Scheduler::GrowTable(Sequence* sequence, int32_t num_tokens, int32_t* budget,
+                          bool* preempted) {
+  BlockPool& pool = pools_[sequence->dp_rank()];
+  const int32_t num_blocks = sequence->BlocksFor(num_tokens);
+  while (pool.num_free() < num_blocks) {
+    Sequence* victim = FindVictim(sequence->dp_rank());
+    Preempt(victim, budget);
+    *preempted = true;
+    if (victim == sequence) return false;
+  }
+  for (int32_t i = 0; i < num_blocks; ++i) sequence->AppendBlock(&pool, *pool.Allocate());
+  return true;
+}
+
+Sequence* Scheduler::FindVictim(int32_t dp_rank) const {
+  Sequence* victim = nullptr;
+  for (Sequence* sequence : running_) {
+    if (sequence->dp_rank() != dp_rank) continue;
+    if (victim == nullptr || sequence->priority() <= victim->priority()) victim = sequence;
+  }
+  return victim;
+}
+
+void Scheduler::Preempt(Sequence* sequence, int32_t* budget) {
+  // It may have its share of this step already: an older one of lower priority.
+  const auto share = std::find_if(shares_.begin(), shares_.end(), [sequence](const Share& share) {
+    return share.sequence == sequence;
+  });
+  if (share != shares_.end()) {
+    *budget += share->num_tokens;
+    shares_.erase(share);
+  }
+  ++num_preemptions_;
+  Suspend(sequence);
+  std::erase(running_, sequence);
+}
+
+void Scheduler::AdmitWaiting(int32_t budget) {
+  std::vector<int32_t> promised;
+  while (budget > 0 && !waiting_.empty() && num_running() < max_running_) {
+    if (promised.empty()) promised = PromisedBlocks();
+    Sequence* sequence = waiting_.begin()->second;
+    const int32_t rank = ChooseRank(sequence, promised);
+    if (rank < 0) return;
+    waiting_.erase(waiting_.begin());
+    Run(sequence, rank);
+    const int32_t num_computed = sequence->num_computed_tokens();
+    const int32_t num_tokens = std::min(sequence->num_tokens() - num_computed, budget);
+    BlockPool& pool = pools_[rank];
+    for (int32_t i = sequence->BlocksFor(num_computed + num_tokens); i > 0; --i) {
+      sequence->AppendBlock(&pool, *pool.Allocate());
+    }
+    AddShare(sequence, num_tokens, &budget);
+    promised[rank] += sequence->BlocksFor(sequence->num_tokens());
+  }
+}
+
+std::vector<int32_t> Scheduler::PromisedBlocks() const {
+  std::vector<int32_t> promised(pools_.size());
+  for (const Sequence* sequence : running_) {
+    promised[sequence->dp_rank()] += sequence->BlocksFor(sequence->num_tokens());
+  }
+  return promised;
+}
+
+int32_t Scheduler::ChooseRank(Sequence* sequence, absl::Span<const int32_t> promised) const {
+  int32_t best_rank = -1;
+  int32_t most_room = std::numeric_limits<int32_t>::min();
+  const int32_t num_blocks = sequence->BlocksFor(sequence->num_tokens());
+  for (int32_t rank = 0; rank < static_cast<int32_t>(pools_.size()); ++rank) {
+    const Sequence::PrefixHit hit = sequence->FindPrefix(pools_[rank]);
+    const int32_t num_available = pools_[rank].num_free() - promised[rank];
+    const int32_t num_to_compute = num_blocks - hit.num_blocks;
+    if (num_to_compute + hit.num_free_blocks > num_available) continue;
+    const int32_t room = num_available - num_to_compute;
+    if (room > most_room) {
+      most_room = room;
+      best_rank = rank;
+    }
+  }
+  return best_rank;
+}
+
+void Scheduler::Run(Sequence* sequence, int32_t rank) {
+  sequence->TakePrefix(&pools_[rank], rank);
+  sequence->running = true;
+  running_.insert(std::upper_bound(running_.begin(), running_.end(), sequence,
+                                   [](const Sequence* a, const Sequence* b) {
+                                     return a->arrival() < b->arrival();
+                                   }),
+                  sequence);
+  if (sequence->started) return;
+  sequence->started = true;
+  --num_not_started_;
+  prompt_tokens_ += sequence->num_prompt_tokens();
+  cached_tokens_ += sequence->num_computed_tokens();
+  started_.push_back(StartedEvent(sequence->id(), sequence->num_computed_tokens()));
+}
+
+void Scheduler::AddShare(Sequence* sequence, int32_t num_tokens, int32_t* budget) {
+  shares_.push_back({sequence, num_tokens});
+  *budget -= num_tokens;
+}
+
+StepPlan Scheduler::MakePlan() {
+  StepPlan plan;
+  if (shares_.empty()) return plan;
+  in_step_ = true;
+  plan.step = next_step_++;
+  size_t num_tokens = 0;
+  size_t num_blocks = 0;
+  for (const Share& share : shares_) {
+    num_tokens += share.num_tokens;
+    num_blocks += share.sequence->table().size();
+  }
+  plan.sequences.reserve(shares_.size());
+  plan.tokens.reserve(num_tokens);
+  plan.blocks.reserve(num_blocks);
+  for (const auto& [sequence, num_tokens] : shares_) {
+    sequence->scheduled = true;
+    const Request& request = sequence->request();
+    const int32_t num_computed = sequence->num_computed_tokens();
+    const bool sample = num_computed + num_tokens == sequence->num_tokens();
+    const bool suppress = sample && sequence->num_new_tokens() < request.min_new_tokens;
+    plan.sequences.push_back({
+        .id = sequence->id(),
+        .dp_rank = sequence->dp_rank(),
+        .num_computed_tokens = num_computed,
+        .num_tokens = num_tokens,
+        .num_blocks = sequence->table().size(),
+        .num_suppressed = suppress ? static_cast<int32_t>(request.stop_token_ids.size()) : 0,
+        .sample = sample,
+        .sampling = request.sampling,
+    });
+    const absl::Span<const TokenId> tokens = sequence->tokens().subspan(num_computed, num_tokens);
+    const absl::Span<const BlockId> blocks = sequence->table().blocks();
+    plan.tokens.insert(plan.tokens.end(), tokens.begin(), tokens.end());
+    plan.blocks.insert(plan.blocks.end(), blocks.begin(), blocks.end());
+    if (suppress) {
+      plan.suppressed.insert(plan.suppressed.end(), request.stop_token_ids.begin(),
+                             request.stop_token_ids.end());
+    }
+  }
+  return plan;
+}
+
+absl::Status Scheduler::CheckResult(const StepPlan& plan, const StepResult& result) const {
+  const auto num_samples =
+      std::count_if(plan.sequences.begin(), plan.sequences.end(),
+                    [](const SequenceStep& sequence) { return sequence.sample; });
+  if (static_cast<int64_t>(result.sampled.size()) != num_samples) {
+    return absl::InternalError(absl::StrCat("step ", plan.step, ": the engine returned ",
+                                            result.sampled.size(), " tokens for ", num_samples,
+                                            " sequences"));
+  }
+  for (const TokenId token : result.sampled) {
+    if (token < 0 || token >= engine_.vocab_size) {
+      return absl::InternalError(absl::StrCat("step ", plan.step, ": the engine drew token ", token,
+                                              "; the vocabulary has ", engine_.vocab_size));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::vector<SequenceEvent>> Scheduler::Update(const StepPlan& plan,
+                                                             const StepResult& result) {
+  LATENTD_CHECK(in_step_ && plan.step == next_step_ - 1);
+  RETURN_IF_ERROR(CheckResult(plan, result));
+  std::vector<SequenceEvent> events;
+  events.reserve(result.sampled.size());
+  std::vector<Sequence*> ended;
+  auto sampled = result.sampled.begin();
+  for (const auto& [sequence, num_tokens] : shares_) {
+    sequence->scheduled = false;
+    BlockPool* cache = config_.prefix_caching ? &pools_[sequence->dp_rank()] : nullptr;
+    sequence->Advance(num_tokens, cache);
+    const bool drew = sequence->num_computed_tokens() == sequence->num_tokens();
+    const TokenId token = drew ? *sampled++ : 0;
+    if (sequence->cancelled) {
+      ended.push_back(sequence);
+    } else if (drew) {
+      sequence->AppendToken(token);
+      const FinishReason finish = FinishWith(*sequence, token);
+      events.push_back(TokenEvent(sequence->id(), token, finish));
+      if (finish != FinishReason::kNone) ended.push_back(sequence);
+    }
+  }
+  EndStep();
+  Forget(ended);
+  return events;
+}
+
+std::vector<SequenceEvent> Scheduler::Abort(const StepPlan& plan, const absl::Status& error) {
+  LATENTD_CHECK(in_step_ && plan.step == next_step_ - 1);
+  std::vector<SequenceEvent> events;
+  std::vector<Sequence*> ended;
+  for (const Share& share : shares_) {
+    share.sequence->scheduled = false;
+    if (!share.sequence->cancelled) events.push_back(FailedEvent(share.sequence->id(), error));
+    ended.push_back(share.sequence);
+  }
+  EndStep();
+  Forget(ended);
+  for (Sequence* sequence : running_) Suspend(sequence);
+  running_.clear();
+  for (BlockPool& pool : pools_) pool.DropCache();
+  return events;
+}
+
+std::vector<SequenceEvent> Scheduler::FailAll(const absl::Status& error) {
+  LATENTD_CHECK(!in_step_);
+  std::vector<Sequence*> all = running_;
+  for (const auto& [key, sequence] : waiting_) all.push_back(sequence);
+  std::vector<SequenceEvent> events;
+  for (const Sequence* sequence : all) events.push_back(FailedEvent(sequence->id(), error));
+  Forget(all);
+  return events;
+}
+
+void Scheduler::Suspend(Sequence* sequence) {
+  sequence->Restart();
+  sequence->running = false;
+  waiting_.emplace(KeyOf(*sequence), sequence);
+}
+
+void Scheduler::Forget(absl::Span<Sequence* const> sequences) {
+  if (sequences.empty()) return;
+  for (Sequence* sequence : sequences) {
+    if (!sequence->running) waiting_.erase(KeyOf(*sequence));
+    if (!sequence->started) --num_not_started_;
+    sequence->running = false;
+  }
+  std::erase_if(running_, [](const Sequence* sequence) { return !sequence->running; });
+  for (const Sequence* sequence : sequences) sequences_.erase(sequence->id());
+}
+
+void Scheduler::EndStep() {
+  shares_.clear();
+  in_step_ = false;
+}
+
+Scheduler::WaitingKey Scheduler::KeyOf(const Sequence& sequence) {
+  return {-static_cast<int64_t>(sequence.priority()), sequence.arrival()};
+}
+
+int32_t Scheduler::num_blocks() const {
+  return static_cast<int32_t>(pools_.size()) * engine_.num_blocks;
+}
+
+int32_t Scheduler::num_free_blocks() const {
+  int32_t num_free = 0;
+  for (const BlockPool& pool : pools_) num_free += pool.num_free();
+  return num_free;
+}
+
+void Scheduler::CheckInvariants() const {
+  // A sequence is in exactly one of waiting and running, each in its order.
+  LATENTD_CHECK(sequences_.size() == waiting_.size() + running_.size());
+  LATENTD_CHECK(num_running() <= max_running_);
+  LATENTD_CHECK(num_not_started_ <= config_.max_waiting);
+  int32_t num_not_started = 0;
+  for (const auto& [key, sequence] : waiting_) {
+    LATENTD_CHECK(!sequence->running && key == KeyOf(*sequence));
+    num_not_started += sequence->started ? 0 : 1;
+  }
+  LATENTD_CHECK(num_not_started == num_not_started_);
+  for (size_t i = 0; i < running_.size(); ++i) {
+    LATENTD_CHECK(running_[i]->running && running_[i]->started);
+    LATENTD_CHECK(i == 0 || running_[i - 1]->arrival() < running_[i]->arrival());
+  }
+  // A table covers what is computed and what the step under way computes, no more.
+  int32_t num_scheduled_tokens = 0;
+  for (const auto& [sequence, num_tokens] : shares_) {
+    LATENTD_CHECK(in_step_ && sequence->running && sequence->scheduled && num_tokens > 0);
+    const int32_t num_covered = sequence->num_computed_tokens() + num_tokens;
+    LATENTD_CHECK(num_covered <= sequence->num_tokens());
+    LATENTD_CHECK(sequence->BlocksFor(num_covered) == 0);
+    LATENTD_CHECK(sequence->table().size() ==
+                  (num_covered + options_.block_size - 1) / options_.block_size);
+    num_scheduled_tokens += num_tokens;
+  }
+  LATENTD_CHECK(num_scheduled_tokens <= max_step_tokens_);
+  // The references of a block are the tables that list it; what is still written has one.
+  std::vector<std::vector<int32_t>> uses(pools_.size(), std::vector<int32_t>(engine_.num_blocks));
+  for (const auto& [id, sequence] : sequences_) {
+    sequence->CheckInvariants();
+    for (const BlockId block : sequence->table().blocks()) ++uses[sequence->dp_rank()][block];
+  }
+  for (const Sequence* sequence : running_) {
+    const BlockTable& table = sequence->table();
+    for (int32_t i = sequence->num_computed_tokens() / options_.block_size; i < table.size(); ++i) {
+      LATENTD_CHECK(uses[sequence->dp_rank()][table[i]] == 1);
+    }
+  }
+  for (size_t rank = 0; rank < pools_.size(); ++rank) {
+    pools_[rank].CheckInvariants();
+    for (BlockId block = 0; block < engine_.num_blocks; ++block) {
+      LATENTD_CHECK(pools_[rank].num_references(block) == uses[rank][block]);
+    }
+  }
+}
+
+}  // namespace latentd
