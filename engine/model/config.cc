@@ -34,7 +34,6 @@ constexpr std::string_view kInertFields[] = {
     "auto_map",
     "aux_loss_alpha",
     "chunk_size_feed_forward",
-    "dtype",
     "ep_size",
     "id2label",
     "initializer_range",
@@ -49,7 +48,6 @@ constexpr std::string_view kInertFields[] = {
     "seq_aux",
     "tie_last_hidden_states",
     "tokenizer_class",
-    "torch_dtype",
     "transformers_version",
     "use_cache",
 };
@@ -133,6 +131,16 @@ void ReadSizes(JsonFields& fields, ModelConfig& config) {
   RefuseConflict(fields, "num_nextn_predict_layers", "num_mtp_layers");
   fields.Int("num_mtp_layers", 0, 16, &config.num_nextn_predict_layers);
   fields.Int("num_nextn_predict_layers", 0, 16, &config.num_nextn_predict_layers);
+}
+
+// `dtype`, or its old name. Each tensor says itself what it is: this is for the memory plan.
+void ReadDType(JsonFields& fields, ModelConfig& config) {
+  const char* name = fields.Find("dtype") != nullptr ? "dtype" : "torch_dtype";
+  fields.Ignore("torch_dtype");
+  const nlohmann::json* dtype = fields.Find(name);
+  if (dtype == nullptr || *dtype == "bfloat16") return;
+  if (*dtype != "float32") return fields.Refuse(name, R"("bfloat16" or "float32")");
+  config.dtype_bytes = 4;
 }
 
 void ReadTokenIds(JsonFields& fields, ModelConfig& config) {
@@ -354,6 +362,7 @@ absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view json) {
   JsonFields fields(object, "config.json");
   ReadArchitecture(fields);
   ReadSizes(fields, config);
+  ReadDType(fields, config);
   ReadTokenIds(fields, config);
   ReadMoe(fields, config);
   ReadAttention(fields, config);

@@ -70,6 +70,7 @@ struct ModelConfig {
   int32_t max_position_embeddings = 0;
   bool tie_word_embeddings = false;
   int32_t num_nextn_predict_layers = 0;  // MTP layers, stored behind the others
+  int32_t dtype_bytes = 2;               // of weights that are not FP8: bfloat16, or 4 for float32
   std::optional<Fp8Quantization> quantization;
   std::optional<int32_t> bos_token_id;
   std::vector<int32_t> eos_token_ids;  // any of them ends an answer; may be empty

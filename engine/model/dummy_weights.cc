@@ -78,7 +78,7 @@ class Planner : public WeightVisitor {
   explicit Planner(const ModelConfig& config) : config_(config) {}
 
   void Tensor(const TensorSpec& spec, TensorView& view) override {
-    const DType dtype = spec.kind == WeightKind::kCorrectionBias ? DType::kF32 : DType::kBF16;
+    const DType dtype = spec.kind == WeightKind::kCorrectionBias ? DType::kF32 : Plain();
     const bool small = spec.kind == WeightKind::kCorrectionBias || spec.kind == WeightKind::kBias;
     const bool norm = spec.kind == WeightKind::kNorm;
     const float deviation = norm ? 0 : small ? kSmallDeviation : Deviation(spec.shape);
@@ -87,7 +87,7 @@ class Planner : public WeightVisitor {
 
   void Linear(const TensorSpec& spec, LinearWeight& linear) override {
     const float deviation = Deviation(spec.shape);
-    if (!config_.quantization) return Add(linear.weight, DType::kBF16, spec.shape, 0, deviation);
+    if (!config_.quantization) return Add(linear.weight, Plain(), spec.shape, 0, deviation);
     Add(linear.weight, DType::kF8E4M3, spec.shape, 0, deviation);
     Add(linear.scale_inv, DType::kF32, ScaleShape(*config_.quantization, spec.shape),
         deviation * E4m3Unit(), 0);
@@ -107,6 +107,7 @@ class Planner : public WeightVisitor {
   }
 
  private:
+  DType Plain() const { return config_.dtype_bytes == 4 ? DType::kF32 : DType::kBF16; }
   static float Deviation(const std::vector<int64_t>& shape) {
     return 1.0f / std::sqrt(static_cast<float>(shape.back()));
   }

@@ -16,6 +16,7 @@ namespace {
 
 constexpr int kMaxDepth = 32;
 constexpr size_t kMaxShownChars = 120;
+constexpr size_t kReadBytes = 64 << 10;
 
 // Watches the parser for what JSON allows and we do not.
 class Guard {
@@ -81,17 +82,19 @@ absl::StatusOr<std::string> ReadTextFile(const std::filesystem::path& file, size
   if (!stream) {
     return absl::PermissionDeniedError(absl::StrCat(file.string(), ": cannot be opened"));
   }
-  // One byte more than allowed: the size that matters is of what is read, not what was there
-  // before.
-  std::string text(max_bytes + 1, '\0');
-  stream.read(text.data(), static_cast<std::streamsize>(text.size()));
+  // By pieces, until the end or the limit: the size that matters is of what is read, not what a
+  // file system said before.
+  std::string text;
+  std::vector<char> piece(kReadBytes);
+  while (stream && text.size() <= max_bytes) {
+    stream.read(piece.data(), static_cast<std::streamsize>(piece.size()));
+    text.append(piece.data(), static_cast<size_t>(stream.gcount()));
+  }
   if (stream.bad()) return absl::DataLossError(absl::StrCat(file.string(), ": read error"));
-  text.resize(static_cast<size_t>(stream.gcount()));
   if (text.size() > max_bytes) {
     return absl::InvalidArgumentError(
         absl::StrFormat("%s: larger than %d bytes", file.string(), max_bytes));
   }
-  text.shrink_to_fit();
   return text;
 }
 
