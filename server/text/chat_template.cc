@@ -16,7 +16,6 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-constexpr size_t kMaxSourceBytes = size_t{1} << 20;
 // Writing JSON recurses, as does the reader on the other side (which stops at 128).
 constexpr int kMaxDepth = 64;
 
@@ -79,10 +78,6 @@ ChatTemplate::~ChatTemplate() = default;
 
 absl::StatusOr<std::shared_ptr<const ChatTemplate>> ChatTemplate::Compile(
     std::string_view source, std::shared_ptr<const Tokenizer> tokenizer) {
-  if (source.size() > kMaxSourceBytes) {
-    return absl::InvalidArgumentError(absl::StrCat("chat template: has ", source.size(),
-                                                   " bytes; the limit is ", kMaxSourceBytes));
-  }
   auto impl = std::make_unique<Impl>();
   rust::Bytes error;
   const int code = latentd_template_new(rust::Data(source), source.size(), &LocalTime,

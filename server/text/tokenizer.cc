@@ -17,7 +17,7 @@ namespace fs = std::filesystem;
 using Json = nlohmann::ordered_json;
 
 constexpr int64_t kMaxFileBytes = int64_t{256} << 20;
-constexpr int64_t kMaxTemplateBytes = int64_t{4} << 20;
+constexpr int64_t kMaxTemplateBytes = int64_t{1} << 20;
 constexpr uint8_t kSpecial = 1;  // bits of LatentdTables::flags
 constexpr uint8_t kAdded = 2;
 

@@ -23,11 +23,12 @@ const PRIVATE_END: u32 = 0x10FFFE;
 
 /// How a tokenizer's control tokens can be told apart from text.
 pub struct ControlSpellings {
-    // Characters that get a stand-in: the first `num_delimiters` wherever they occur, the others only as
-    // the first letter of a name.
+    // Characters that get a stand-in: the first `num_delimiters` wherever they occur, the others only at
+    // the beginning of a name.
     chars: Vec<char>,
     num_delimiters: usize,
-    names: HashSet<String>, // `think` of `<think>`: a template may put the delimiters around a text
+    // `think` of `<think>`, `/think` of `</think>`: a template may put the rest around a text.
+    names: HashSet<String>,
 }
 
 impl ControlSpellings {
@@ -39,11 +40,14 @@ impl ControlSpellings {
             delimiters.extend(spelling.chars().next());
             delimiters.extend(spelling.chars().last());
             delimiters.extend(spelling.chars().filter(|c| !c.is_ascii() || *c == '|'));
-            let name = spelling.trim_matches(|c| !is_word(c));
-            if !name.is_empty() && name.chars().all(is_word) {
-                names.insert(name.to_string());
-            }
+            let mut inner = spelling.chars();
+            inner.next();
+            inner.next_back();
+            let word = spelling.trim_matches(|c| !is_word(c));
+            names.extend([inner.as_str(), word].map(String::from));
         }
+        // Other inner parts have a delimiter in them.
+        names.retain(|name| !name.is_empty() && !name.contains(|c| delimiters.contains(&c)));
         let initials: BTreeSet<char> = names.iter().filter_map(|name| name.chars().next()).collect();
         let mut chars: Vec<char> = delimiters.iter().copied().collect();
         chars.extend(initials.difference(&delimiters));

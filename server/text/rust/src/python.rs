@@ -1,7 +1,7 @@
 //! What Python prints: Hugging Face renders chat templates with Python's `json.dumps`.
 
 use minijinja::value::{Kwargs, ValueKind};
-use minijinja::{Error, ErrorKind, State, Value};
+use minijinja::{Error, ErrorKind, Output, State, Value};
 
 /// Deeper values are refused: a template can nest without end.
 const MAX_DEPTH: usize = 200;
@@ -22,6 +22,7 @@ pub fn tojson(state: &State, value: Value, options: Kwargs) -> Result<Value, Err
         Some(pair) => (pair.get_item_by_index(0)?.to_string(), pair.get_item_by_index(1)?.to_string()),
     };
     let mut json = Json {
+        state,
         ensure_ascii: options.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false),
         sort_keys: options.get::<Option<bool>>("sort_keys")?.unwrap_or(false),
         indent,
@@ -31,11 +32,19 @@ pub fn tojson(state: &State, value: Value, options: Kwargs) -> Result<Value, Err
     };
     options.assert_all_used()?;
     json.value(&value, 0)?;
-    state.consume_fuel(json.out.len() as u64 / 64)?;
     Ok(Value::from_safe_string(json.out))
 }
 
-struct Json {
+/// Pays for writing `value` itself. Values may share their parts, so what they print as has no bound.
+fn charge(state: &State, value: &Value, depth: usize) -> Result<(), Error> {
+    if depth > MAX_DEPTH {
+        return Err(Error::new(ErrorKind::InvalidOperation, "value is nested too deeply to print"));
+    }
+    state.consume_fuel(1 + value.as_str().map_or(0, str::len) as u64 / 64 + depth as u64 / 16)
+}
+
+struct Json<'a, 'b> {
+    state: &'a State<'a, 'b>,
     ensure_ascii: bool,
     sort_keys: bool,
     indent: Option<String>,
@@ -44,11 +53,9 @@ struct Json {
     out: String,
 }
 
-impl Json {
+impl Json<'_, '_> {
     fn value(&mut self, value: &Value, depth: usize) -> Result<(), Error> {
-        if depth > MAX_DEPTH {
-            return Err(Error::new(ErrorKind::InvalidOperation, "tojson: nested too deeply"));
-        }
+        charge(self.state, value, depth)?;
         match value.kind() {
             ValueKind::None => self.out.push_str("null"),
             ValueKind::Bool => self.out.push_str(if value.is_true() { "true" } else { "false" }),
@@ -116,7 +123,7 @@ impl Json {
             Some(text) => self.string(text),
             None => {
                 self.out.push('"');
-                self.value(key, MAX_DEPTH)?;
+                self.value(key, MAX_DEPTH)?; // a scalar
                 self.out.push('"');
             }
         }
@@ -152,6 +159,54 @@ impl Json {
         }
         self.out.push('"');
     }
+}
+
+/// What `{{ value }}` writes.
+pub fn print(out: &mut Output, state: &mut State, value: &Value) -> Result<(), Error> {
+    match value.as_str() {
+        Some(text) => out.write_str(text)?,
+        None if value.is_undefined() => {}
+        None => {
+            let mut text = String::new();
+            repr(state, value, 0, &mut text)?;
+            out.write_str(&text)?;
+        }
+    }
+    Ok(())
+}
+
+/// `repr(value)`
+fn repr(state: &State, value: &Value, depth: usize, out: &mut String) -> Result<(), Error> {
+    charge(state, value, depth)?;
+    match value.kind() {
+        ValueKind::None => out.push_str("None"),
+        ValueKind::Bool => out.push_str(if value.is_true() { "True" } else { "False" }),
+        ValueKind::Number if !value.is_integer() => {
+            out.push_str(&float(f64::try_from(value.clone())?));
+        }
+        ValueKind::Seq | ValueKind::Iterable => {
+            out.push('[');
+            for (i, item) in value.try_iter()?.enumerate() {
+                out.push_str(if i > 0 { ", " } else { "" });
+                repr(state, &item, depth + 1, out)?;
+            }
+            out.push(']');
+        }
+        ValueKind::Map => {
+            out.push('{');
+            for (i, key) in value.try_iter()?.enumerate() {
+                out.push_str(if i > 0 { ", " } else { "" });
+                repr(state, &key, depth + 1, out)?;
+                out.push_str(": ");
+                repr(state, &value.get_item(&key)?, depth + 1, out)?;
+            }
+            out.push('}');
+        }
+        // The library quotes as Python does.
+        ValueKind::String => out.push_str(&format!("{value:?}")),
+        _ => out.push_str(&value.to_string()),
+    }
+    Ok(())
 }
 
 /// `repr(float)`: the shortest digits that read back the same, an exponent below 1e-4 and from 1e16.

@@ -16,7 +16,13 @@ pub type StrftimeFn = extern "C" fn(*const u8, usize, *mut u8, usize) -> usize;
 /// usual kind needs about 100 a message; the base lets a short conversation through a long template.
 const BASE_FUEL: u64 = 1_000_000;
 const FUEL_PER_INPUT_BYTE: u64 = 8;
-const MAX_FUEL: u64 = 8_000_000;
+const MAX_FUEL: u64 = 4_000_000;
+
+/// Compiling a chain of operators takes the square of its length.
+const MAX_SOURCE_BYTES: usize = 64 << 10;
+/// Enough for the deepest chain of operators in MAX_SOURCE_BYTES, and for freeing the deepest value that
+/// MAX_FUEL can build; both recurse. Address space: only what is used costs memory.
+const STACK_BYTES: usize = 512 << 20;
 
 const TEMPLATE_NAME: &str = "chat_template";
 const CONTINUE_TAG: &str = "CONTINUE_FINAL_MESSAGE_TAG ";
@@ -40,7 +46,8 @@ impl Template {
             .build();
         env.set_syntax(syntax.map_err(|e| e.to_string())?);
         env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-        env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        env.set_formatter(python::print);
+        env.set_unknown_method_callback(unknown_method);
         env.add_filter("tojson", python::tojson);
         env.add_function("raise_exception", |message: String| -> std::result::Result<(), Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
@@ -51,7 +58,11 @@ impl Template {
             out.truncate(size);
             String::from_utf8_lossy(&out).into_owned()
         });
-        env.add_template_owned(TEMPLATE_NAME, source.clone()).map_err(|e| describe(&e))?;
+        if source.len() > MAX_SOURCE_BYTES {
+            return Err(format!("has {} bytes; the limit is {MAX_SOURCE_BYTES}", source.len()));
+        }
+        let text = source.clone();
+        on_big_stack(|| env.add_template_owned(TEMPLATE_NAME, text).map_err(|e| describe(&e)))?;
         Ok(Self { env, source })
     }
 
@@ -94,10 +105,11 @@ impl Template {
         }
         let mut env = self.env.clone();
         env.set_fuel(Some((BASE_FUEL + FUEL_PER_INPUT_BYTE * input_size).min(MAX_FUEL)));
-        let text = env
-            .get_template(TEMPLATE_NAME)
-            .and_then(|template| template.render(Serde(Value::Object(context))))
-            .map_err(|e| describe(&e))?;
+        let text = on_big_stack(move || {
+            let template = env.get_template(TEMPLATE_NAME);
+            let text = template.and_then(|template| template.render(Serde(Value::Object(context))));
+            text.map_err(|e| describe(&e))
+        })?;
         match continued {
             Some(message) => cut_at_tag(text, &message),
             None => Ok(text),
@@ -124,6 +136,29 @@ impl Template {
             _ => Err("continue_final_message: the final message has no content to continue".into()),
         }
     }
+}
+
+/// Runs `f` on a stack that no template exhausts.
+fn on_big_stack<T: Send>(f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, f);
+        let done = thread.map_err(|e| format!("no thread for the template: {e}"))?.join();
+        done.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+/// Python's string methods. `str.format` would allocate any width before it is charged for it.
+fn unknown_method(
+    state: &mut minijinja::State,
+    value: &minijinja::Value,
+    method: &str,
+    args: &[minijinja::Value],
+) -> std::result::Result<minijinja::Value, Error> {
+    let is_wide = |text: &str| text.split(|c: char| !c.is_ascii_digit()).any(|number| number.len() > 4);
+    if method == "format" && value.as_str().is_some_and(is_wide) {
+        return Err(Error::new(ErrorKind::InvalidOperation, "format: a width has more than 4 digits"));
+    }
+    minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args)
 }
 
 /// As Transformers: cuts before the tag; where the template trimmed the message, trims what is before too.
