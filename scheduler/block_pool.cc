@@ -141,6 +141,19 @@ BlockTable& BlockTable::operator=(BlockTable&& other) noexcept {
   return *this;
 }
 
+void BlockTable::AppendCached(BlockPool* pool, BlockId block) {
+  pool->Acquire(block);
+  Append(pool, block);
+}
+
+void BlockTable::AppendNew(BlockPool* pool, int32_t count) {
+  for (int32_t i = 0; i < count; ++i) {
+    const std::optional<BlockId> block = pool->Allocate();
+    LATENTD_CHECK(block.has_value());
+    Append(pool, *block);
+  }
+}
+
 void BlockTable::Append(BlockPool* pool, BlockId block) {
   LATENTD_CHECK(blocks_.empty() || pool == pool_);
   pool_ = pool;

@@ -119,9 +119,13 @@ class BlockTable {
   BlockTable(BlockTable&& other) noexcept;
   BlockTable& operator=(BlockTable&& other) noexcept;
 
-  // Appends a block, taking over the caller's reference.
+  // Appends a cached block, adding a reference.
   // REQUIRES: all blocks of a table are of one pool.
-  void Append(BlockPool* pool, BlockId block);
+  void AppendCached(BlockPool* pool, BlockId block);
+
+  // Appends `count` newly allocated blocks.
+  // REQUIRES: the pool, the one of all blocks of the table, has as many free.
+  void AppendNew(BlockPool* pool, int32_t count);
 
   // Releases all blocks.
   void Clear();
@@ -131,6 +135,8 @@ class BlockTable {
   absl::Span<const BlockId> blocks() const { return blocks_; }
 
  private:
+  void Append(BlockPool* pool, BlockId block);
+
   BlockPool* pool_ = nullptr;
   std::vector<BlockId> blocks_;
 };

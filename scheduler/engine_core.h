@@ -41,9 +41,9 @@ struct CoreStats {
 //
 // Submit, Cancel and stats may be called from any thread and never wait for a step.
 //
-// When a step fails, its requests end with kFailed and UNAVAILABLE, and the others go on. After three
-// failed steps on end all requests end so, and for a second Submit refuses with the engine's error;
-// then the next request is a new try.
+// When a step fails, its requests end with kFailed and UNAVAILABLE, and the others go on. After
+// three failed steps on end all requests end so, and for a second Submit refuses with the engine's
+// error; then the next request is a new try.
 class EngineCore {
  public:
   struct Callbacks {

@@ -150,7 +150,7 @@ bool Scheduler::GrowTable(Sequence* sequence, int32_t num_tokens, int32_t* budge
     *preempted = true;
     if (victim == sequence) return false;
   }
-  for (int32_t i = 0; i < num_blocks; ++i) sequence->AppendBlock(&pool, *pool.Allocate());
+  sequence->Reserve(&pool, num_tokens);
   return true;
 }
 
@@ -188,10 +188,7 @@ void Scheduler::AdmitWaiting(int32_t budget) {
     Run(sequence, rank);
     const int32_t num_computed = sequence->num_computed_tokens();
     const int32_t num_tokens = std::min(sequence->num_tokens() - num_computed, budget);
-    BlockPool& pool = pools_[rank];
-    for (int32_t i = sequence->BlocksFor(num_computed + num_tokens); i > 0; --i) {
-      sequence->AppendBlock(&pool, *pool.Allocate());
-    }
+    sequence->Reserve(&pools_[rank], num_computed + num_tokens);
     AddShare(sequence, num_tokens, &budget);
     promised[rank] += sequence->BlocksFor(sequence->num_tokens());
   }

@@ -44,8 +44,7 @@ void Sequence::TakePrefix(BlockPool* pool, int32_t dp_rank) {
   while (num_computed_tokens_ + block_size_ < num_tokens()) {
     const auto found = pool->Find(ContentOf(table_.size(), last_content_));
     if (!found) break;
-    pool->Acquire(found->block);
-    table_.Append(pool, found->block);
+    table_.AppendCached(pool, found->block);
     last_content_ = found->content;
     num_computed_tokens_ += block_size_;
   }

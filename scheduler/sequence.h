@@ -53,8 +53,11 @@ class Sequence {
   // now on.
   void TakePrefix(BlockPool* pool, int32_t dp_rank);
 
-  // Appends a block, taking over the caller's reference.
-  void AppendBlock(BlockPool* pool, BlockId block) { table_.Append(pool, block); }
+  // Allocates the blocks that the first `num_tokens` tokens lack.
+  // REQUIRES: `pool` is that of its dp_rank and has as many free.
+  void Reserve(BlockPool* pool, int32_t num_tokens) {
+    table_.AppendNew(pool, BlocksFor(num_tokens));
+  }
 
   // Notes that the next `num_tokens` tokens are computed, and caches the blocks that they filled in
   // `pool`, unless that is null.

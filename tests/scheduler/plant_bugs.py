@@ -1,0 +1,139 @@
+"""Makes a copy of the scheduler's sources into which bugs are built, to be switched on one by one.
+
+    plant_bugs.py SCHEDULER_DIR OUTPUT_DIR
+
+Each bug is one or more edits: a piece of text that occurs exactly once in a file, and what to put in
+its place, where BUG stands for "this bug is switched on". A piece that is not found fails the build:
+whoever changes the scheduler changes the bug too. planted_bugs.h lists the names and holds the switch.
+"""
+
+import pathlib
+import shutil
+import sys
+
+BUGS = {
+    "stale cache entry": [
+        ("block_pool.cc", "  Unlink(block);\n  Forget(block);", "  Unlink(block);\n  if (!BUG) Forget(block);"),
+        ("block_pool.cc", "block.num_references > 0 && block.content == kNoContent", "BUG || (block.num_references > 0 && block.content == kNoContent)"),
+    ],
+    "wrong slot": [
+        ("scheduler.cc", "plan.blocks.insert(plan.blocks.end(), blocks.begin(), blocks.end());",
+         "plan.blocks.insert(plan.blocks.end(), blocks.begin(), blocks.end());\n"
+         "    if (BUG && blocks.size() > 1) std::swap(plan.blocks.back(), plan.blocks[plan.blocks.size() - blocks.size()]);"),
+    ],
+    "preemption keeps num_computed_tokens": [
+        ("sequence.cc", "  num_computed_tokens_ = 0;\n  last_content_ = kNoContent;",
+         "  if (!BUG) num_computed_tokens_ = 0;\n  last_content_ = kNoContent;"),
+    ],
+    "the last token comes from the cache": [
+        ("sequence.cc", "(hit.num_blocks + 1) * block_size_ < num_tokens()", "(hit.num_blocks + 1) * block_size_ < num_tokens() + BUG"),
+        ("sequence.cc", "num_computed_tokens_ + block_size_ < num_tokens()", "num_computed_tokens_ + block_size_ < num_tokens() + BUG"),
+    ],
+    "a block is cached before it is full": [
+        ("sequence.cc", "for (int32_t i = first; i < num_computed_tokens_ / block_size_; ++i) {",
+         "for (int32_t i = first; i < (num_computed_tokens_ + (BUG && num_computed_tokens_ < this->num_tokens())) / block_size_; ++i) {"),
+        ("block_pool.cc", "  block.content = ++last_content_;", "  if (BUG && block.content != kNoContent) return block.content;\n  block.content = ++last_content_;"),
+    ],
+    "the hash is not chained, nor the block before compared": [
+        ("sequence.cc", "hashes_.empty() ? salt_hash_ : hashes_.back()", "hashes_.empty() || BUG ? salt_hash_ : hashes_.back()"),
+        ("block_pool.cc", "block.previous == content.previous &&", "(BUG || block.previous == content.previous) &&"),
+    ],
+    "the block before is not compared": [
+        ("block_pool.cc", "block.previous == content.previous) &&", "block.previous == content.previous || BUG) &&"),
+    ],
+    "the tokens are not compared": [
+        ("block_pool.cc", "TokensOf(id) == content.tokens;", "(BUG || TokensOf(id) == content.tokens);"),
+    ],
+    "the salt is ignored": [
+        ("sequence.cc", "salt_hash_(HashSalt(request_.cache_salt))", "salt_hash_(HashSalt(BUG ? std::string() : request_.cache_salt))"),
+        ("block_pool.cc", "block.salt == content.salt &&", "(BUG || block.salt == content.salt) &&"),
+    ],
+    "the salt is not compared": [
+        ("block_pool.cc", "block.salt == content.salt) &&", "block.salt == content.salt || BUG) &&"),
+    ],
+    "a cancelled sequence keeps its blocks": [
+        ("scheduler.cc", "    Forget({&sequence, 1});", "    if (BUG) static_cast<void>(new Sequence(std::move(*sequence)));\n    Forget({&sequence, 1});"),
+    ],
+    "a cancelled sequence still gets its token": [
+        ("scheduler.cc", "if (sequence->cancelled) {\n      ended.push_back(sequence);\n    } else if (drew)", "if (sequence->cancelled && !BUG) {\n      ended.push_back(sequence);\n    } else if (drew)"),
+    ],
+    "a hit stays in the free list": [
+        ("block_pool.cc", "if (blocks_[block].num_references == 0) Unlink(block);", "if (blocks_[block].num_references == 0 && !BUG) Unlink(block);"),
+    ],
+    "a block with references goes to the free list": [
+        ("block_pool.cc", "if (--block.num_references > 0) continue;", "if (--block.num_references > 0 && !BUG) continue;"),
+    ],
+    "a hit adds no reference": [
+        ("block_pool.cc", "  ++blocks_[block].num_references;", "  if (!BUG || blocks_[block].num_references == 0) ++blocks_[block].num_references;"),
+    ],
+    "the end of a chunk is taken for the end of the prompt": [
+        ("scheduler.cc", "const bool sample = num_computed + num_tokens == sequence->num_tokens();", "const bool sample = BUG || num_computed + num_tokens == sequence->num_tokens();"),
+        ("scheduler.cc", "const bool drew = sequence->num_computed_tokens() == sequence->num_tokens();", "const bool drew = BUG || sequence->num_computed_tokens() == sequence->num_tokens();"),
+    ],
+    "the plan names another dp_rank": [
+        ("scheduler.cc", ".dp_rank = sequence->dp_rank(),", ".dp_rank = BUG ? 0 : sequence->dp_rank(),"),
+    ],
+    "the prefix is taken from another rank's pool": [
+        ("scheduler.cc", "sequence->TakePrefix(&pools_[rank], rank);", "sequence->TakePrefix(&pools_[BUG ? 0 : rank], rank);"),
+    ],
+    "tokens go to the wrong sequence": [
+        ("scheduler.cc", "const TokenId token = drew ? *sampled++ : 0;", "const TokenId token = drew ? (BUG ? result.sampled.back() : *sampled++) : 0;"),
+    ],
+    "a preempted sequence stays in the plan": [
+        ("scheduler.cc", "    shares_.erase(share);", "    if (!BUG) shares_.erase(share);"),
+    ],
+    "the budget is not charged": [
+        ("scheduler.cc", "  *budget -= num_tokens;", "  if (!BUG) *budget -= num_tokens;"),
+    ],
+    "max_running is not kept": [
+        ("scheduler.cc", "num_running() < max_running_) {", "num_running() < max_running_ + BUG) {"),
+        ("scheduler.cc", "LATENTD_CHECK(num_running() <= max_running_);", "LATENTD_CHECK(num_running() <= max_running_ + BUG);"),
+    ],
+    "the wait is first come, first served": [
+        ("scheduler.cc", "return {-static_cast<int64_t>(sequence.priority()), sequence.arrival()};", "return {BUG ? 0 : -static_cast<int64_t>(sequence.priority()), sequence.arrival()};"),
+    ],
+    "stop tokens are not suppressed": [
+        ("scheduler.cc", "const bool suppress = sample &&", "const bool suppress = !BUG && sample &&"),
+    ],
+    "stop tokens are suppressed one token too long": [
+        ("scheduler.cc", "sequence->num_new_tokens() < request.min_new_tokens", "sequence->num_new_tokens() < request.min_new_tokens + BUG"),
+    ],
+    "max_new_tokens is one off": [
+        ("scheduler.cc", "sequence.num_new_tokens() == sequence.request().max_new_tokens", "sequence.num_new_tokens() == sequence.request().max_new_tokens + BUG"),
+        ("sequence.cc", "num_new_tokens() < request_.max_new_tokens", "num_new_tokens() < request_.max_new_tokens + BUG"),
+    ],
+    "a failed step keeps the cache": [
+        ("scheduler.cc", "for (BlockPool& pool : pools_) pool.DropCache();", "if (!BUG) for (BlockPool& pool : pools_) pool.DropCache();"),
+    ],
+    "a failed step lets the unplanned go on": [
+        ("scheduler.cc", "  for (Sequence* sequence : running_) Suspend(sequence);\n  running_.clear();", "  if (!BUG) {\n  for (Sequence* sequence : running_) Suspend(sequence);\n  running_.clear();\n  }"),
+    ],
+    "admission counts the free blocks of a hit twice": [
+        ("scheduler.cc", "if (num_to_compute + hit.num_free_blocks > num_available) continue;", "if (num_to_compute + (BUG ? 0 : hit.num_free_blocks) > num_available) continue;"),
+    ],
+}
+
+
+def main() -> None:
+    source, output = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
+    folder = output / "scheduler"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    texts = {p.name: p.read_text() for p in sorted(source.iterdir()) if p.suffix in (".h", ".cc")}
+    for number, (name, edits) in enumerate(BUGS.items()):
+        for file, old, new in edits:
+            if texts[file].count(old) != 1:
+                sys.exit(f"{file}: {texts[file].count(old)} places for the bug '{name}', 1 expected:\n{old}")
+            texts[file] = texts[file].replace(old, new.replace("BUG", f"(planted_bug == {number})"))
+    for name, text in texts.items():
+        (folder / name).write_text('#include "planted_bugs.h"\n' + text)
+    names = "".join(f'    "{name}",\n' for name in BUGS)
+    (output / "planted_bugs.h").write_text(
+        "#ifndef LATENTD_PLANTED_BUGS_H_\n#define LATENTD_PLANTED_BUGS_H_\n\nnamespace latentd {\n\n"
+        f"inline constexpr const char* kPlantedBugs[] = {{\n{names}}};\n"
+        "inline int planted_bug = -1;  // the one that is switched on; -1: none\n\n"
+        "}  // namespace latentd\n\n#endif  // LATENTD_PLANTED_BUGS_H_\n")
+
+
+if __name__ == "__main__":
+    main()
