@@ -2,11 +2,11 @@
 #define LATENTD_SERVER_STATUS_H_
 
 #include <string>
-#include <string_view>
 #include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/strings/string_view.h"
 #include "absl/time/time.h"
 #include "grpcpp/support/status.h"
 
@@ -15,7 +15,7 @@
 
 namespace latentd {
 
-inline constexpr std::string_view kErrorDomain = "latentd";
+inline constexpr absl::string_view kErrorDomain = "latentd";
 
 using ErrorMetadata = std::vector<std::pair<std::string, std::string>>;
 
@@ -26,8 +26,12 @@ struct FieldViolation {
 
 // An error with its google.rpc.ErrorInfo. `reason` is UPPER_SNAKE_CASE; `metadata` holds each
 // variable of the message.
-absl::Status MakeError(absl::StatusCode code, std::string_view reason, std::string_view message,
+absl::Status MakeError(absl::StatusCode code, absl::string_view reason, absl::string_view message,
                        const ErrorMetadata& metadata = {});
+
+// Names the offending fields in a google.rpc.BadRequest.
+absl::Status WithFieldViolations(absl::Status status,
+                                 const std::vector<FieldViolation>& violations);
 
 // INVALID_ARGUMENT, reason INVALID_FIELD, with every violation in a google.rpc.BadRequest.
 // REQUIRES: not empty.

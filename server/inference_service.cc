@@ -1,0 +1,420 @@
+#include "server/inference_service.h"
+
+#include <atomic>
+#include <functional>
+#include <string>
+#include <string_view>
+#include <utility>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/container/flat_hash_map.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
+#include "engine/status.h"
+#include "latentd/v1/inference.grpc.pb.h"
+#include "server/output_processor.h"
+#include "server/request_builder.h"
+#include "server/status.h"
+#include "server/stream.h"
+#include "server/worker_pool.h"
+
+namespace latentd {
+namespace {
+
+// Raw: gRPC hands us bytes. So a message that does not parse gets an error of ours (gRPC's own
+// would be UNIMPLEMENTED without a word), and parsing a long one does not hold up a gRPC thread.
+template <typename Service>
+using Raw = v1::InferenceService::WithRawCallbackMethod_Chat<
+    v1::InferenceService::WithRawCallbackMethod_StreamChat<
+        v1::InferenceService::WithRawCallbackMethod_Complete<
+            v1::InferenceService::WithRawCallbackMethod_StreamComplete<
+                v1::InferenceService::WithRawCallbackMethod_RenderChat<
+                    v1::InferenceService::WithRawCallbackMethod_Tokenize<
+                        v1::InferenceService::WithRawCallbackMethod_Detokenize<
+                            v1::InferenceService::WithRawCallbackMethod_GetModel<
+                                v1::InferenceService::WithRawCallbackMethod_ListModels<
+                                    Service>>>>>>>>>;
+
+template <typename Message>
+absl::StatusOr<Message> Parse(const grpc::ByteBuffer& bytes) {
+  grpc::ProtoBufferReader reader(const_cast<grpc::ByteBuffer*>(&bytes));
+  Message message;
+  if (reader.status().ok() && message.ParseFromZeroCopyStream(&reader)) return message;
+  const std::string type = Message::descriptor()->full_name();
+  return MakeError(
+      absl::StatusCode::kInvalidArgument, "MALFORMED_MESSAGE",
+      absl::StrCat("the message is no ", type, ": cut short, garbled, or a string is not UTF-8"),
+      {{"type", type}});
+}
+
+absl::Status Overloaded(absl::string_view what, int64_t limit) {
+  return MakeError(absl::StatusCode::kResourceExhausted, "TOO_MANY_REQUESTS",
+                   absl::StrCat(limit, " ", what, ": no more are taken"),
+                   {{"limit", absl::StrCat(limit)}});
+}
+
+// The core says what; clients need a reason to tell one refusal from the other.
+absl::Status ExplainSubmit(const absl::Status& status) {
+  absl::string_view reason;
+  switch (status.code()) {
+    case absl::StatusCode::kResourceExhausted:
+      reason = "QUEUE_FULL";
+      break;
+    case absl::StatusCode::kInvalidArgument:
+      reason = "REQUEST_TOO_LARGE";
+      break;
+    case absl::StatusCode::kUnavailable:
+      reason = "STOPPED";
+      break;
+    default:
+      return status;
+  }
+  return MakeError(status.code(), reason, status.message());
+}
+
+}  // namespace
+
+class InferenceService::Impl final : public Raw<v1::InferenceService::Service>, public CallHost {
+ public:
+  Impl(const ServiceOptions& options, RequestObserver* observer)
+      : options_(options),
+        observer_(observer),
+        output_([this](RequestId id) { core_.load()->Cancel(id); }, observer),
+        workers_(options.num_workers, options.max_queued_calls) {}
+
+  void SetServing(std::shared_ptr<const ServedModel> model, EngineCore* core);
+  void HandleEvents(std::vector<SequenceEvent> events) { output_.HandleEvents(std::move(events)); }
+  void StartDrain() { draining_ = true; }
+  int32_t num_active() const;
+  void AbortAll(const absl::Status& status);
+
+  // CallHost
+  void CancelRequest(RequestId id) override;
+  void OnCallDone(GenerationCall* call) override;
+  RequestObserver& observer() override { return *observer_; }
+
+  // v1::InferenceService
+  grpc::ServerUnaryReactor* Chat(grpc::CallbackServerContext* context,
+                                 const grpc::ByteBuffer* request,
+                                 grpc::ByteBuffer* response) override {
+    return Start(std::make_shared<UnaryCall<v1::ChatResponse>>(this, context, "Chat", response),
+                 *request, &Impl::Build<v1::ChatRequest>);
+  }
+  grpc::ServerWriteReactor<grpc::ByteBuffer>* StreamChat(grpc::CallbackServerContext* context,
+                                                         const grpc::ByteBuffer* request) override {
+    return Start(std::make_shared<StreamCall>(this, context, "StreamChat"), *request,
+                 &Impl::Build<v1::ChatRequest>);
+  }
+  grpc::ServerUnaryReactor* Complete(grpc::CallbackServerContext* context,
+                                     const grpc::ByteBuffer* request,
+                                     grpc::ByteBuffer* response) override {
+    return Start(
+        std::make_shared<UnaryCall<v1::CompleteResponse>>(this, context, "Complete", response),
+        *request, &Impl::Build<v1::CompleteRequest>);
+  }
+  grpc::ServerWriteReactor<grpc::ByteBuffer>* StreamComplete(
+      grpc::CallbackServerContext* context, const grpc::ByteBuffer* request) override {
+    return Start(std::make_shared<StreamCall>(this, context, "StreamComplete"), *request,
+                 &Impl::Build<v1::CompleteRequest>);
+  }
+  grpc::ServerUnaryReactor* RenderChat(grpc::CallbackServerContext* context,
+                                       const grpc::ByteBuffer* request,
+                                       grpc::ByteBuffer* response) override;
+  grpc::ServerUnaryReactor* Tokenize(grpc::CallbackServerContext* context,
+                                     const grpc::ByteBuffer* request,
+                                     grpc::ByteBuffer* response) override;
+  grpc::ServerUnaryReactor* Detokenize(grpc::CallbackServerContext* context,
+                                       const grpc::ByteBuffer* request,
+                                       grpc::ByteBuffer* response) override;
+  grpc::ServerUnaryReactor* GetModel(grpc::CallbackServerContext* context,
+                                     const grpc::ByteBuffer* request,
+                                     grpc::ByteBuffer* response) override;
+  grpc::ServerUnaryReactor* ListModels(grpc::CallbackServerContext* context,
+                                       const grpc::ByteBuffer* request,
+                                       grpc::ByteBuffer* response) override;
+
+ private:
+  using ModelPtr = std::shared_ptr<const ServedModel>;
+  using BuildFunction = absl::StatusOr<GenerationRequest> (Impl::*)(const grpc::ByteBuffer&,
+                                                                    const ServedModel&) const;
+
+  absl::StatusOr<GenerationRequest> BuildFrom(const v1::ChatRequest& proto,
+                                              const ServedModel& model) const {
+    return BuildChat(proto, model, options_.allow_request_chat_template);
+  }
+  absl::StatusOr<GenerationRequest> BuildFrom(const v1::CompleteRequest& proto,
+                                              const ServedModel& model) const {
+    return BuildCompletion(proto, model);
+  }
+  template <typename Proto>
+  absl::StatusOr<GenerationRequest> Build(const grpc::ByteBuffer& bytes,
+                                          const ServedModel& model) const {
+    ASSIGN_OR_RETURN(const Proto proto, Parse<Proto>(bytes));
+    return BuildFrom(proto, model);
+  }
+
+  // The model, unless it is not loaded yet or the server drains.
+  absl::StatusOr<ModelPtr> Serving() const;
+
+  // Takes a generating call in, and has a worker prepare it.
+  template <typename Call>
+  Call* Start(std::shared_ptr<Call> call, const grpc::ByteBuffer& request, BuildFunction build) {
+    Take(call, request, build);
+    return call.get();  // held by calls_ until gRPC is done with it
+  }
+  void Take(std::shared_ptr<GenerationCall> call, const grpc::ByteBuffer& request,
+            BuildFunction build);
+  // On a worker thread.
+  void Prepare(const std::shared_ptr<GenerationCall>& call, const grpc::ByteBuffer& request,
+               BuildFunction build);
+  absl::Status Submit(const std::shared_ptr<GenerationCall>& call, GenerationRequest request);
+
+  // A call that generates nothing: parse, `answer`, encode, on a worker thread.
+  template <typename Request, typename Response>
+  grpc::ServerUnaryReactor* Answer(
+      grpc::CallbackServerContext* context, const grpc::ByteBuffer* request,
+      grpc::ByteBuffer* response,
+      std::function<absl::Status(const Request&, const ServedModel&, Response*)> answer);
+
+  const ServiceOptions options_;
+  RequestObserver* const observer_;
+  std::atomic<EngineCore*> core_ = nullptr;
+  std::atomic<bool> draining_ = false;
+  std::atomic<RequestId> last_id_ = 0;
+
+  mutable absl::Mutex mutex_;
+  ModelPtr model_ ABSL_GUARDED_BY(mutex_);  // null while loading
+  absl::flat_hash_map<GenerationCall*, std::shared_ptr<GenerationCall>> calls_
+      ABSL_GUARDED_BY(mutex_);
+
+  OutputProcessor output_;
+  WorkerPool workers_;  // last: its threads use all of the above
+};
+
+namespace {
+
+void FillModel(const ServedModel& model, v1::Model* proto) {
+  proto->set_name(model.name);
+  proto->set_architecture(model.architecture);
+  proto->set_max_model_len(model.max_model_len);
+  proto->set_vocab_size(model.vocab_size);
+  proto->set_weights_hash(model.weights_hash);
+  proto->set_kv_cache_tokens(model.kv_cache_tokens);
+  if (model.chat_template != nullptr) {
+    proto->add_capabilities("chat");
+    const std::string& source = model.tokenizer->chat_template();
+    if (source.find("thinking") != source.npos || source.find("</think>") != source.npos) {
+      proto->add_capabilities("thinking");
+    }
+  }
+  const GenerationDefaults& defaults = model.defaults;
+  v1::Sampling* sampling = proto->mutable_default_sampling();
+  const SamplingParams last_resort;
+  sampling->set_temperature(defaults.temperature.value_or(last_resort.temperature));
+  sampling->set_top_p(defaults.top_p.value_or(last_resort.top_p));
+  if (defaults.top_k) sampling->set_top_k(*defaults.top_k);
+  sampling->set_min_p(defaults.min_p.value_or(last_resort.min_p));
+  proto->mutable_eos_token_ids()->Add(defaults.eos_token_ids.begin(), defaults.eos_token_ids.end());
+}
+
+}  // namespace
+
+void InferenceService::Impl::SetServing(ModelPtr model, EngineCore* core) {
+  core_ = core;
+  absl::MutexLock lock(&mutex_);
+  model_ = std::move(model);
+}
+
+int32_t InferenceService::Impl::num_active() const {
+  absl::MutexLock lock(&mutex_);
+  return static_cast<int32_t>(calls_.size());
+}
+
+void InferenceService::Impl::AbortAll(const absl::Status& status) {
+  std::vector<std::shared_ptr<GenerationCall>> calls;
+  {
+    absl::MutexLock lock(&mutex_);
+    for (const auto& [pointer, call] : calls_) calls.push_back(call);
+  }
+  for (const auto& call : calls) call->Abort(status);
+}
+
+void InferenceService::Impl::CancelRequest(RequestId id) {
+  core_.load()->Cancel(id);
+  output_.Remove(id);
+}
+
+void InferenceService::Impl::OnCallDone(GenerationCall* call) {
+  std::shared_ptr<GenerationCall> last;  // destroyed without the lock
+  absl::MutexLock lock(&mutex_);
+  last = std::move(calls_.extract(call).mapped());
+}
+
+absl::StatusOr<InferenceService::Impl::ModelPtr> InferenceService::Impl::Serving() const {
+  if (draining_) {
+    return MakeError(absl::StatusCode::kUnavailable, "DRAINING",
+                     "the server is shutting down and takes no new calls");
+  }
+  absl::MutexLock lock(&mutex_);
+  if (model_ != nullptr) return model_;
+  return WithRetryDelay(
+      MakeError(absl::StatusCode::kUnavailable, "LOADING", "the model is being loaded"),
+      absl::Seconds(5));
+}
+
+void InferenceService::Impl::Take(std::shared_ptr<GenerationCall> call,
+                                  const grpc::ByteBuffer& request, BuildFunction build) {
+  bool full = false;
+  {
+    absl::MutexLock lock(&mutex_);
+    calls_.emplace(call.get(), call);
+    full = calls_.size() > static_cast<size_t>(options_.max_concurrent_requests);
+  }
+  if (full) {
+    call->Refuse(Overloaded("requests are open", options_.max_concurrent_requests));
+  } else if (!workers_.TryRun([this, call, request, build] { Prepare(call, request, build); })) {
+    call->Refuse(Overloaded("calls wait to be prepared", options_.max_queued_calls));
+  }
+}
+
+void InferenceService::Impl::Prepare(const std::shared_ptr<GenerationCall>& call,
+                                     const grpc::ByteBuffer& bytes, BuildFunction build) {
+  if (call->ended()) return;  // cancelled while it waited for this thread
+  const auto model = Serving();
+  if (!model.ok()) return call->Refuse(model.status());
+  auto request = (this->*build)(bytes, **model);
+  if (!request.ok()) return call->Refuse(request.status());
+  call->Begin(*request, (*model)->name);
+  if (absl::Status status = Submit(call, *std::move(request)); !status.ok()) {
+    call->Refuse(ExplainSubmit(status));
+  }
+}
+
+absl::Status InferenceService::Impl::Submit(const std::shared_ptr<GenerationCall>& call,
+                                            GenerationRequest request) {
+  if (call->ended()) return absl::OkStatus();
+  const RequestId id = ++last_id_;
+  request.core.id = id;
+  output_.Add(id, std::move(request.answer), call, call->arrival(),
+              call->arrival() + request.queue_timeout);
+  if (absl::Status status = core_.load()->Submit(std::move(request.core)); !status.ok()) {
+    output_.Remove(id);
+    return status;
+  }
+  call->Submitted(id);
+  return absl::OkStatus();
+}
+
+template <typename Request, typename Response>
+grpc::ServerUnaryReactor* InferenceService::Impl::Answer(
+    grpc::CallbackServerContext* context, const grpc::ByteBuffer* request,
+    grpc::ByteBuffer* response,
+    std::function<absl::Status(const Request&, const ServedModel&, Response*)> answer) {
+  grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
+  // gRPC keeps request, response and reactor until Finish.
+  const auto run = [this, request, response, reactor, answer = std::move(answer)] {
+    const absl::Status status = [&]() -> absl::Status {
+      ASSIGN_OR_RETURN(const ModelPtr model, Serving());
+      ASSIGN_OR_RETURN(const Request proto, Parse<Request>(*request));
+      Response result;
+      RETURN_IF_ERROR(answer(proto, *model, &result));
+      *response = Encode(result);
+      return absl::OkStatus();
+    }();
+    reactor->Finish(ToGrpcStatus(status));
+  };
+  if (!workers_.TryRun(run)) {
+    reactor->Finish(
+        ToGrpcStatus(Overloaded("calls wait to be prepared", options_.max_queued_calls)));
+  }
+  return reactor;
+}
+
+grpc::ServerUnaryReactor* InferenceService::Impl::RenderChat(grpc::CallbackServerContext* context,
+                                                             const grpc::ByteBuffer* request,
+                                                             grpc::ByteBuffer* response) {
+  return Answer<v1::RenderChatRequest, v1::RenderChatResponse>(
+      context, request, response,
+      [this](const v1::RenderChatRequest& proto, const ServedModel& model,
+             v1::RenderChatResponse* result) -> absl::Status {
+        ASSIGN_OR_RETURN(RenderedChat rendered,
+                         latentd::RenderChat(proto, model, options_.allow_request_chat_template));
+        result->set_text(std::move(rendered.text));
+        result->mutable_token_ids()->Add(rendered.tokens.begin(), rendered.tokens.end());
+        return absl::OkStatus();
+      });
+}
+
+grpc::ServerUnaryReactor* InferenceService::Impl::Tokenize(grpc::CallbackServerContext* context,
+                                                           const grpc::ByteBuffer* request,
+                                                           grpc::ByteBuffer* response) {
+  return Answer<v1::TokenizeRequest, v1::TokenizeResponse>(
+      context, request, response,
+      [](const v1::TokenizeRequest& proto, const ServedModel& model,
+         v1::TokenizeResponse* result) -> absl::Status {
+        ASSIGN_OR_RETURN(const std::vector<TokenId> ids, TokenizeText(proto, model));
+        result->mutable_token_ids()->Add(ids.begin(), ids.end());
+        return absl::OkStatus();
+      });
+}
+
+grpc::ServerUnaryReactor* InferenceService::Impl::Detokenize(grpc::CallbackServerContext* context,
+                                                             const grpc::ByteBuffer* request,
+                                                             grpc::ByteBuffer* response) {
+  return Answer<v1::DetokenizeRequest, v1::DetokenizeResponse>(
+      context, request, response,
+      [](const v1::DetokenizeRequest& proto, const ServedModel& model,
+         v1::DetokenizeResponse* result) -> absl::Status {
+        ASSIGN_OR_RETURN(*result->mutable_text(), DetokenizeIds(proto, model));
+        return absl::OkStatus();
+      });
+}
+
+grpc::ServerUnaryReactor* InferenceService::Impl::GetModel(grpc::CallbackServerContext* context,
+                                                           const grpc::ByteBuffer* request,
+                                                           grpc::ByteBuffer* response) {
+  return Answer<v1::GetModelRequest, v1::GetModelResponse>(
+      context, request, response,
+      [](const v1::GetModelRequest& proto, const ServedModel& model,
+         v1::GetModelResponse* result) -> absl::Status {
+        RETURN_IF_ERROR(CheckModelName(proto.model(), model));
+        FillModel(model, result->mutable_model());
+        return absl::OkStatus();
+      });
+}
+
+grpc::ServerUnaryReactor* InferenceService::Impl::ListModels(grpc::CallbackServerContext* context,
+                                                             const grpc::ByteBuffer* request,
+                                                             grpc::ByteBuffer* response) {
+  grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
+  const auto proto = Parse<v1::ListModelsRequest>(*request);
+  v1::ListModelsResponse result;
+  if (proto.ok()) {
+    absl::MutexLock lock(&mutex_);
+    if (model_ != nullptr) FillModel(*model_, result.add_models());
+  }
+  *response = Encode(result);
+  reactor->Finish(ToGrpcStatus(proto.status()));
+  return reactor;
+}
+
+// ---- InferenceService --------------------------------------------------------------------------
+
+InferenceService::InferenceService(const ServiceOptions& options, RequestObserver* observer)
+    : impl_(std::make_unique<Impl>(options, observer)) {}
+InferenceService::~InferenceService() = default;
+grpc::Service* InferenceService::grpc_service() { return impl_.get(); }
+void InferenceService::SetServing(std::shared_ptr<const ServedModel> model, EngineCore* core) {
+  impl_->SetServing(std::move(model), core);
+}
+void InferenceService::HandleEvents(std::vector<SequenceEvent> events) {
+  impl_->HandleEvents(std::move(events));
+}
+void InferenceService::StartDrain() { impl_->StartDrain(); }
+int32_t InferenceService::num_active() const { return impl_->num_active(); }
+void InferenceService::AbortAll(const absl::Status& status) { impl_->AbortAll(status); }
+
+}  // namespace latentd

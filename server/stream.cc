@@ -1,0 +1,354 @@
+#include "server/stream.h"
+
+#include <chrono>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "engine/status.h"
+#include "grpcpp/server_context.h"
+#include "server/status.h"
+
+namespace latentd {
+namespace {
+
+// Joined text is sent in messages of about this size, far below any client's limit.
+constexpr size_t kMaxJoinedBytes = 64 << 10;
+
+absl::Time ToAbslTime(std::chrono::system_clock::time_point time) {
+  return time == std::chrono::system_clock::time_point::max() ? absl::InfiniteFuture()
+                                                              : absl::FromChrono(time);
+}
+
+v1::FinishReason ToProto(FinishReason reason) {
+  switch (reason) {
+    case FinishReason::kStop:
+      return v1::FINISH_REASON_STOP;
+    case FinishReason::kLength:
+      return v1::FINISH_REASON_LENGTH;
+    case FinishReason::kNone:
+    case FinishReason::kError:
+      break;
+  }
+  return v1::FINISH_REASON_UNSPECIFIED;
+}
+
+void SetDuration(absl::Duration duration, google::protobuf::Duration* proto) {
+  if (duration < absl::ZeroDuration()) duration = absl::ZeroDuration();  // the clock was set back
+  proto->set_seconds(absl::IDivDuration(duration, absl::Seconds(1), &duration));
+  proto->set_nanos(static_cast<int32_t>(absl::ToInt64Nanoseconds(duration)));
+}
+
+void FillUsage(int32_t prompt_tokens, absl::Time arrival, const AnswerProgress& progress,
+               v1::Usage* usage) {
+  usage->set_prompt_tokens(prompt_tokens);
+  usage->set_cached_tokens(progress.cached_tokens);
+  usage->set_completion_tokens(progress.completion_tokens);
+  usage->set_reasoning_tokens(progress.reasoning_tokens);
+  v1::Timings* timings = usage->mutable_timings();
+  SetDuration(progress.started - arrival, timings->mutable_queue_duration());
+  SetDuration(progress.first_token - progress.started, timings->mutable_prefill_duration());
+  SetDuration(progress.last_token - progress.first_token, timings->mutable_decode_duration());
+}
+
+// Finished and Choice share these fields by name.
+template <typename Proto>
+void FillFinish(const Answer& answer, Proto* proto) {
+  proto->set_finish_reason(ToProto(answer.finish_reason()));
+  proto->set_stop_matched(answer.stop_matched());
+  if (answer.stop_token_id()) proto->set_stop_token_id(*answer.stop_token_id());
+}
+
+}  // namespace
+
+grpc::ByteBuffer Encode(const google::protobuf::MessageLite& message) {
+  grpc::Slice slice(message.ByteSizeLong());
+  message.SerializeWithCachedSizesToArray(const_cast<uint8_t*>(slice.begin()));
+  return grpc::ByteBuffer(&slice, 1);
+}
+
+// ---- GenerationCall ----------------------------------------------------------------------------
+
+GenerationCall::GenerationCall(CallHost* host, grpc::CallbackServerContext* context,
+                               std::string_view method)
+    : host_(host),
+      context_(context),
+      method_(method),
+      arrival_(absl::Now()),
+      deadline_(ToAbslTime(context->deadline())) {}
+
+bool GenerationCall::ended() const {
+  absl::MutexLock lock(&mutex_);
+  return end_.has_value();
+}
+
+void GenerationCall::Begin(const GenerationRequest& request, const std::string& model_name) {
+  absl::MutexLock lock(&mutex_);
+  head_ = {.request_id = request.request_id,
+           .model = model_name,
+           .prompt_tokens = static_cast<int32_t>(request.core.prompt.size()),
+           .seed = request.core.sampling.seed,
+           .send_token_ids = request.send_token_ids,
+           .echo = request.echo};
+  metadata_ = request.metadata;
+}
+
+void GenerationCall::Submitted(RequestId id) {
+  {
+    absl::MutexLock lock(&mutex_);
+    id_ = id;
+    if (!end_) return;
+  }
+  host_->CancelRequest(id);
+}
+
+void GenerationCall::Refuse(const absl::Status& status) {
+  host_->observer().OnRejected(ErrorReason(status));
+  Abort(status);
+}
+
+void GenerationCall::Abort(const absl::Status& status) {
+  RequestId id;
+  {
+    absl::MutexLock lock(&mutex_);
+    if (end_) return;
+    end_ = status;
+    id = id_;
+  }
+  if (id != 0) host_->CancelRequest(id);
+  Close(status);
+}
+
+void GenerationCall::OnFailed(const absl::Status& status) {
+  {
+    absl::MutexLock lock(&mutex_);
+    if (end_) return;
+    end_ = status;
+  }
+  Close(status);
+}
+
+void GenerationCall::Cancelled() {
+  // gRPC says only that it is over. An expired deadline is the one reason that we can tell.
+  if (absl::Now() >= deadline_) {
+    Abort(MakeError(absl::StatusCode::kDeadlineExceeded, "DEADLINE_EXCEEDED",
+                    "the call's deadline has passed"));
+  } else {
+    Abort(MakeError(absl::StatusCode::kCancelled, "CANCELLED", "the client cancelled the call"));
+  }
+}
+
+bool GenerationCall::End(const Answer& answer) {
+  if (end_) return false;
+  end_ = absl::OkStatus();
+  finish_reason_ = answer.finish_reason() == FinishReason::kStop ? "stop" : "length";
+  return true;
+}
+
+void GenerationCall::Done() {
+  RequestRecord record;
+  {
+    absl::MutexLock lock(&mutex_);
+    LATENTD_CHECK(end_.has_value());
+    // The answer was complete, but the client went before it had all of it.
+    const bool lost = end_->ok() && context_->IsCancelled();
+    record = {.method = method_,
+              .request_id = head_.request_id,
+              .metadata = std::move(metadata_),
+              .code = lost ? absl::StatusCode::kCancelled : end_->code(),
+              .reason = lost ? "CANCELLED" : ErrorReason(*end_),
+              .finish_reason = finish_reason_,
+              .prompt_tokens = head_.prompt_tokens,
+              .cached_tokens = progress_.cached_tokens,
+              .completion_tokens = progress_.completion_tokens,
+              .reasoning_tokens = progress_.reasoning_tokens,
+              .total = absl::Now() - arrival_,
+              .queue = std::nullopt,
+              .time_to_first_token = std::nullopt,
+              .decode = std::nullopt};
+    if (progress_.started != absl::InfiniteFuture()) record.queue = progress_.started - arrival_;
+    if (progress_.completion_tokens > 0) {
+      record.time_to_first_token = progress_.first_token - arrival_;
+    }
+    if (progress_.completion_tokens > 1) {
+      record.decode = progress_.last_token - progress_.first_token;
+    }
+  }
+  host_->observer().OnFinished(record);
+  host_->OnCallDone(this);
+}
+
+// ---- StreamCall
+// ----------------------------------------------------------------------------------
+
+void StreamCall::OnStarted(const AnswerProgress& progress) {
+  {
+    absl::MutexLock lock(&mutex_);
+    if (end_) return;
+    progress_ = progress;
+    auto* started = outbox_.Add()->mutable_started();
+    started->set_request_id(head().request_id);
+    started->set_model(head().model);
+    started->set_prompt_tokens(head().prompt_tokens);
+    started->set_cached_tokens(progress.cached_tokens);
+    started->set_seed(head().seed);
+    if (!head().echo.empty()) outbox_.Add()->mutable_delta()->set_content(head().echo);
+  }
+  Advance();
+}
+
+void StreamCall::OnPiece(TokenId token, AnswerPiece piece, const AnswerProgress& progress) {
+  {
+    absl::MutexLock lock(&mutex_);
+    if (end_) return;
+    progress_ = progress;
+    Add(token, piece);
+  }
+  Advance();
+}
+
+void StreamCall::OnFinished(TokenId token, AnswerPiece piece, const AnswerProgress& progress,
+                            const Answer& answer) {
+  {
+    absl::MutexLock lock(&mutex_);
+    if (!End(answer)) return;
+    progress_ = progress;
+    Add(token, piece);
+    FillFinish(answer, outbox_.Add()->mutable_finished());
+    FillUsage(head().prompt_tokens, arrival(), progress, outbox_.Add()->mutable_usage());
+  }
+  Advance();
+}
+
+v1::GenerationEvent::Delta* StreamCall::DeltaFor(v1::GenerationEvent::Delta::PartCase part) {
+  using Delta = v1::GenerationEvent::Delta;
+  if (next_ < outbox_.size() && outbox_[outbox_.size() - 1].has_delta()) {
+    Delta* last = outbox_[outbox_.size() - 1].mutable_delta();
+    const size_t joined = last->content().size() + last->reasoning().size() +
+                          last->token_ids_size() * sizeof(TokenId);
+    const bool same = part == Delta::PART_NOT_SET || last->part_case() == Delta::PART_NOT_SET ||
+                      last->part_case() == part;
+    if (same && joined < kMaxJoinedBytes) return last;
+  }
+  return outbox_.Add()->mutable_delta();
+}
+
+void StreamCall::Add(TokenId token, const AnswerPiece& piece) {
+  using Delta = v1::GenerationEvent::Delta;
+  Delta* delta = nullptr;
+  if (!piece.reasoning.empty()) {
+    delta = DeltaFor(Delta::kReasoning);
+    delta->mutable_reasoning()->append(piece.reasoning);
+  }
+  if (!piece.content.empty()) {
+    delta = DeltaFor(Delta::kContent);
+    delta->mutable_content()->append(piece.content);
+  }
+  if (head().send_token_ids) {
+    if (delta == nullptr) delta = DeltaFor(Delta::PART_NOT_SET);
+    delta->add_token_ids(token);
+  }
+}
+
+void StreamCall::Advance() {
+  bool write_and_finish = false;
+  bool more = false;
+  std::optional<absl::Status> finish;
+  {
+    absl::MutexLock lock(&mutex_);
+    if (writing_ || closed_) return;
+    if (end_ && !end_->ok()) next_ = outbox_.size();  // nothing more is sent
+    if (next_ == outbox_.size()) {
+      if (!end_) return;
+      finish = end_;
+    } else {
+      in_flight_ = Encode(outbox_[next_++]);
+      more = next_ < outbox_.size();
+      writing_ = true;
+      write_and_finish = end_.has_value() && !more;
+    }
+    if (!more) {
+      outbox_.Clear();
+      next_ = 0;
+    }
+    closed_ = finish.has_value() || write_and_finish;
+  }
+  // Outside the lock: only one thread gets here at a time, the one that set writing_ or closed_.
+  if (finish) {
+    Finish(ToGrpcStatus(*finish));
+  } else if (write_and_finish) {
+    StartWriteAndFinish(&in_flight_, grpc::WriteOptions(), grpc::Status::OK);
+  } else {
+    StartWrite(&in_flight_, more ? grpc::WriteOptions().set_buffer_hint() : grpc::WriteOptions());
+  }
+}
+
+void StreamCall::OnWriteDone(bool ok) {
+  // After a failed write gRPC tells OnCancel as well, which ends the call.
+  if (!ok) Cancelled();
+  {
+    absl::MutexLock lock(&mutex_);
+    writing_ = false;
+  }
+  Advance();
+}
+
+void StreamCall::Close(const absl::Status&) { Advance(); }
+
+// ---- UnaryCall
+// -----------------------------------------------------------------------------------
+
+template <typename Response>
+void UnaryCall<Response>::OnStarted(const AnswerProgress& progress) {
+  absl::MutexLock lock(&mutex_);
+  progress_ = progress;
+  choice_.mutable_message()->set_role(v1::ROLE_ASSISTANT);
+  if (!head().echo.empty()) choice_.mutable_message()->set_content(head().echo);
+}
+
+template <typename Response>
+void UnaryCall<Response>::Add(TokenId token, const AnswerPiece& piece) {
+  v1::Message* message = choice_.mutable_message();
+  if (!piece.reasoning.empty()) message->mutable_reasoning()->append(piece.reasoning);
+  if (!piece.content.empty()) message->mutable_content()->append(piece.content);
+  if (head().send_token_ids) choice_.add_token_ids(token);
+}
+
+template <typename Response>
+void UnaryCall<Response>::OnPiece(TokenId token, AnswerPiece piece,
+                                  const AnswerProgress& progress) {
+  Add(token, piece);
+  absl::MutexLock lock(&mutex_);
+  progress_ = progress;
+}
+
+template <typename Response>
+void UnaryCall<Response>::OnFinished(TokenId token, AnswerPiece piece,
+                                     const AnswerProgress& progress, const Answer& answer) {
+  Add(token, piece);
+  {
+    absl::MutexLock lock(&mutex_);
+    if (!End(answer)) return;
+    progress_ = progress;
+  }
+  v1::Message* message = choice_.mutable_message();
+  if (!message->has_reasoning()) message->mutable_content();  // an empty answer is one
+  FillFinish(answer, &choice_);
+  Response response;
+  response.set_request_id(head().request_id);
+  response.set_model(head().model);
+  *response.add_choices() = std::move(choice_);
+  FillUsage(head().prompt_tokens, arrival(), progress, response.mutable_usage());
+  response.set_seed(head().seed);
+  *response_ = Encode(response);
+  Finish(grpc::Status::OK);
+}
+
+template <typename Response>
+void UnaryCall<Response>::Close(const absl::Status& status) {
+  Finish(ToGrpcStatus(status));
+}
+
+template class UnaryCall<v1::ChatResponse>;
+template class UnaryCall<v1::CompleteResponse>;
+
+}  // namespace latentd
