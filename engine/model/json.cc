@@ -15,7 +15,7 @@ namespace latentd {
 namespace {
 
 constexpr int kMaxDepth = 32;
-constexpr size_t kMaxShownChars = 120;
+constexpr size_t kMaxShownChars = 160;
 constexpr size_t kReadBytes = 64 << 10;
 
 // Watches the parser for what JSON allows and we do not.
@@ -57,7 +57,11 @@ absl::StatusOr<nlohmann::json> ParseJsonObject(std::string_view text, std::strin
   try {
     value = nlohmann::json::parse(text.begin(), text.end(), std::ref(guard));
   } catch (const std::exception& e) {
-    return absl::InvalidArgumentError(absl::StrCat(std::string(what), ": ", ShownName(e.what())));
+    // Without the library's "[json.exception.parse_error.101] ".
+    std::string_view message = e.what();
+    if (const size_t end = message.find("] "); end != message.npos) message.remove_prefix(end + 2);
+    return absl::InvalidArgumentError(absl::StrCat(
+        std::string(what), ": ", guard.error().empty() ? ShownName(message) : guard.error()));
   }
   if (!guard.error().empty()) {
     return absl::InvalidArgumentError(absl::StrCat(std::string(what), ": ", guard.error()));

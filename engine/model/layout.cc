@@ -78,7 +78,7 @@ class Walk {
 
   void Moe(const std::string& prefix, MoeWeights& moe) {
     Tensor(prefix + "gate.weight", {config_.n_routed_experts, config_.hidden_size},
-           WeightKind::kRouter, WeightPart::kRouter, moe.gate);
+           WeightKind::kUnquantized, WeightPart::kRouter, moe.gate);
     Tensor(prefix + "gate.e_score_correction_bias", {config_.n_routed_experts},
            WeightKind::kCorrectionBias, WeightPart::kRouter, moe.e_score_correction_bias);
     moe.experts.resize(config_.n_routed_experts);
@@ -127,14 +127,13 @@ void VisitMtpLayer(const ModelConfig& config, int32_t index, WeightVisitor& visi
   const std::string prefix = absl::StrCat("model.layers.", layer, ".");
   const std::vector<int64_t> vocabulary = {config.vocab_size, config.hidden_size};
   LayerWeights weights;
-  LinearWeight eh_proj;
-  TensorView embed_tokens, enorm, hnorm, norm, head;
+  TensorView embed_tokens, enorm, hnorm, eh_proj, norm, head;
   walk.Tensor(prefix + "embed_tokens.weight", vocabulary, WeightKind::kEmbedding, WeightPart::kMtp,
               embed_tokens);
   walk.Norm(prefix + "enorm.weight", config.hidden_size, enorm);
   walk.Norm(prefix + "hnorm.weight", config.hidden_size, hnorm);
-  walk.Linear(prefix + "eh_proj", config.hidden_size, 2 * int64_t{config.hidden_size},
-              WeightPart::kMtp, eh_proj);
+  walk.Tensor(prefix + "eh_proj.weight", {config.hidden_size, 2 * int64_t{config.hidden_size}},
+              WeightKind::kUnquantized, WeightPart::kMtp, eh_proj);
   walk.Layer(layer, weights);
   walk.Norm(prefix + "shared_head.norm.weight", config.hidden_size, norm);
   walk.Tensor(prefix + "shared_head.head.weight", vocabulary, WeightKind::kEmbedding,

@@ -31,7 +31,7 @@ enum class WeightKind {
   kLinear,  // of a projection: FP8 with scales, bf16 or f32
   kBias,    // of a projection
   kNorm,
-  kRouter,          // mlp.gate.weight
+  kUnquantized,     // a matrix that is never FP8: mlp.gate, eh_proj
   kCorrectionBias,  // mlp.gate.e_score_correction_bias
 };
 

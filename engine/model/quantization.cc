@@ -14,10 +14,10 @@ namespace {
 constexpr float DecodeE4m3(uint8_t code) {
   const int exponent = (code >> 3) & 0xf;
   const int mantissa = code & 0x7;
-  if (exponent == 0xf && mantissa == 0x7) return std::numeric_limits<float>::quiet_NaN();
   float value = exponent == 0 ? mantissa / 8.0f : 1.0f + mantissa / 8.0f;
   for (int i = std::max(exponent, 1); i < 7; ++i) value *= 0.5f;
   for (int i = 7; i < exponent; ++i) value *= 2.0f;
+  if (exponent == 0xf && mantissa == 0x7) value = std::numeric_limits<float>::quiet_NaN();
   return (code & 0x80) ? -value : value;
 }
 

@@ -200,9 +200,11 @@ absl::Status ReadAhead(const Checkpoint& checkpoint,
   return RunLoadJobs(jobs, progress);
 }
 
+// Maps the files of `dir` and gives every tensor its place; reads headers only. With `progress`
+// also reads the weights ahead.
 absl::StatusOr<ModelWeights> LoadSafetensors(const ModelConfig& config,
                                              const std::filesystem::path& dir,
-                                             const LoadProgress& progress) {
+                                             const LoadProgress* progress) {
   ASSIGN_OR_RETURN(std::shared_ptr<const Checkpoint> checkpoint, Checkpoint::Open(dir));
   ModelWeights weights;
   Binder binder(config, *checkpoint);
@@ -211,7 +213,7 @@ absl::StatusOr<ModelWeights> LoadSafetensors(const ModelConfig& config,
   binder.BindOptional();
   binder.FindSurplus();
   RETURN_IF_ERROR(binder.status(dir));
-  RETURN_IF_ERROR(ReadAhead(*checkpoint, needed, progress));
+  if (progress != nullptr) RETURN_IF_ERROR(ReadAhead(*checkpoint, needed, *progress));
   weights.storage = std::move(checkpoint);
   return weights;
 }
@@ -223,9 +225,13 @@ absl::StatusOr<ModelWeights> LoadWeights(const ModelConfig& config,
                                          const LoadProgress& progress) {
   absl::StatusOr<ModelWeights> weights = format == LoadFormat::kDummy
                                              ? MakeDummyWeights(config, progress)
-                                             : LoadSafetensors(config, dir, progress);
+                                             : LoadSafetensors(config, dir, &progress);
   if (weights.ok() && config.tie_word_embeddings) weights->lm_head = weights->embed_tokens;
   return weights;
+}
+
+absl::Status CheckWeights(const ModelConfig& config, const std::filesystem::path& dir) {
+  return LoadSafetensors(config, dir, /*progress=*/nullptr).status();
 }
 
 }  // namespace latentd

@@ -75,6 +75,9 @@ absl::StatusOr<ModelWeights> LoadWeights(const ModelConfig& config,
                                          const std::filesystem::path& dir, LoadFormat format,
                                          const LoadProgress& progress);
 
+// What LoadWeights would refuse of a checkpoint, found from its headers: no weight is read.
+absl::Status CheckWeights(const ModelConfig& config, const std::filesystem::path& dir);
+
 }  // namespace latentd
 
 #endif  // LATENTD_ENGINE_MODEL_WEIGHTS_H_
