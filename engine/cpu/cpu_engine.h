@@ -22,8 +22,8 @@ struct CpuEngineOptions {
 // The model on the CPU in fp32: the reference of every other engine, and the embedded default.
 //
 // Absorbed MLA over a paged latent cache [num_hidden_layers, num_blocks, 64, latent_dim] f32. Each
-// number is computed in one order that depends on its own sequence alone, so batch, chunk size, prefix
-// hits and preemption change nothing, bit for bit.
+// number is computed in one order that depends on its own sequence alone, so batch, chunk size,
+// prefix hits and preemption change nothing, bit for bit.
 class CpuEngine : public Engine {
  public:
   // RESOURCE_EXHAUSTED, with the numbers, when weights and cache do not fit into memory.

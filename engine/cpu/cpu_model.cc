@@ -1,0 +1,130 @@
+#include "engine/cpu/cpu_model.h"
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "engine/model/quantization.h"
+#include "engine/status.h"
+
+namespace latentd {
+namespace {
+
+std::vector<float> Floats(const TensorView& tensor) {
+  std::vector<float> values(tensor.num_elements());
+  ToFloat(tensor, values.data());
+  return values;
+}
+
+MatrixPart Whole(const LinearWeight& linear) {
+  return {.linear = &linear, .row_begin = 0, .num_rows = linear.weight.shape[0]};
+}
+
+// Packs matrices and remembers whether memory ran out.
+class Packer {
+ public:
+  Packer(CpuModel& model, ThreadPool& pool) : model_(model), pool_(pool) {}
+
+  PackedMatrix operator()(const std::vector<MatrixPart>& parts) {
+    PackedMatrix m = Pack(parts, model_.config.quantization, pool_, model_.arena);
+    ok_ = ok_ && (m.bf16 != nullptr || m.f32 != nullptr);
+    return m;
+  }
+  PackedMatrix operator()(const LinearWeight& linear) { return (*this)({Whole(linear)}); }
+  PackedMatrix operator()(const TensorView& tensor) {
+    const LinearWeight linear{.weight = tensor, .scale_inv = {}, .bias = {}};
+    return (*this)(linear);
+  }
+  PackedMlp operator()(const MlpWeights& mlp) {
+    if (mlp.gate_proj.weight.empty()) return {};  // n_shared_experts 0
+    return {.gate_up = (*this)({Whole(mlp.gate_proj), Whole(mlp.up_proj)}),
+            .down = (*this)(mlp.down_proj),
+            .width = static_cast<int>(mlp.gate_proj.weight.shape[0])};
+  }
+  bool ok() const { return ok_; }
+
+ private:
+  CpuModel& model_;
+  ThreadPool& pool_;
+  bool ok_ = true;
+};
+
+PackedLayer PackLayer(const ModelConfig& config, const LayerWeights& weights, bool moe,
+                      Packer& pack) {
+  PackedLayer layer;
+  layer.input_layernorm = Floats(weights.input_layernorm);
+  layer.post_attention_layernorm = Floats(weights.post_attention_layernorm);
+  if (config.q_lora_rank) {
+    layer.q_a = pack(weights.q_a_proj);
+    layer.q_a_layernorm = Floats(weights.q_a_layernorm);
+    layer.q_b = pack(weights.q_b_proj);
+  } else {
+    layer.q_b = pack(weights.q_proj);
+  }
+  layer.kv_a = pack(weights.kv_a_proj_with_mqa);
+  layer.kv_a_layernorm = Floats(weights.kv_a_layernorm);
+  const int64_t head_rows = config.qk_nope_head_dim + config.v_head_dim;
+  for (int64_t head = 0; head < config.num_attention_heads; ++head) {
+    layer.w_uk.push_back(pack({{.linear = &weights.kv_b_proj,
+                                .row_begin = head * head_rows,
+                                .num_rows = config.qk_nope_head_dim,
+                                .transposed = true}}));
+    layer.w_uv.push_back(pack({{.linear = &weights.kv_b_proj,
+                                .row_begin = head * head_rows + config.qk_nope_head_dim,
+                                .num_rows = config.v_head_dim}}));
+  }
+  layer.o = pack(weights.o_proj);
+  if (!moe) {
+    layer.mlp = pack(weights.mlp);
+    return layer;
+  }
+  layer.mlp = pack(weights.moe.shared_experts);
+  layer.router = pack(weights.moe.gate);
+  layer.e_score_correction_bias = Floats(weights.moe.e_score_correction_bias);
+  for (const MlpWeights& expert : weights.moe.experts) layer.experts.push_back(pack(expert));
+  return layer;
+}
+
+uint64_t LinearBytes(const LinearWeight& linear) {
+  if (linear.weight.empty()) return 0;
+  return PackedBytes(linear.weight.shape[0], linear.weight.shape[1], linear.weight.dtype);
+}
+uint64_t MlpBytes(const MlpWeights& mlp) {
+  return LinearBytes(mlp.gate_proj) + LinearBytes(mlp.up_proj) + LinearBytes(mlp.down_proj);
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<CpuModel>> CpuModel::Build(const ModelConfig& config,
+                                                          const ModelWeights& weights,
+                                                          int32_t num_positions, ThreadPool& pool) {
+  auto model = std::make_unique<CpuModel>();
+  model->config = config;
+  model->weights = weights;
+  Packer pack(*model, pool);
+  for (int32_t i = 0; i < config.num_hidden_layers; ++i) {
+    model->layers.push_back(PackLayer(config, weights.layers[i], config.is_moe_layer(i), pack));
+    if (!pack.ok()) break;
+  }
+  model->norm = Floats(weights.norm);
+  if (pack.ok()) model->lm_head = pack(weights.lm_head);
+  if (!pack.ok()) {
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "no memory for the packed weights; ", model->arena.bytes_used(), " bytes were allocated"));
+  }
+  model->rope = std::make_unique<Rope>(config, num_positions);
+  return model;
+}
+
+uint64_t CpuModel::NumBytes(const ModelConfig& config, const ModelWeights& weights,
+                            int32_t num_positions) {
+  uint64_t bytes = PackedBytes(config.vocab_size, config.hidden_size, weights.lm_head.dtype);
+  for (const LayerWeights& layer : weights.layers) {
+    bytes += LinearBytes(layer.q_proj) + LinearBytes(layer.q_a_proj) + LinearBytes(layer.q_b_proj) +
+             LinearBytes(layer.kv_a_proj_with_mqa) + LinearBytes(layer.kv_b_proj) +
+             LinearBytes(layer.o_proj) + MlpBytes(layer.mlp) + MlpBytes(layer.moe.shared_experts);
+    for (const MlpWeights& expert : layer.moe.experts) bytes += MlpBytes(expert);
+  }
+  return bytes + sizeof(float) * uint64_t{static_cast<uint32_t>(num_positions)} *
+                     static_cast<uint64_t>(config.qk_rope_head_dim);
+}
+
+}  // namespace latentd

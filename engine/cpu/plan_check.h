@@ -1,0 +1,36 @@
+#ifndef LATENTD_ENGINE_CPU_PLAN_CHECK_H_
+#define LATENTD_ENGINE_CPU_PLAN_CHECK_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "engine/engine.h"
+#include "engine/step.h"
+
+namespace latentd {
+
+// Checks plans before they reach the kernels, where a wrong index would be undefined behaviour.
+// Costs a few nanoseconds per token and block.
+class PlanCheck {
+ public:
+  explicit PlanCheck(const EngineInfo& info) : info_(info), writer_(info.num_blocks, kNobody) {}
+
+  // INVALID_ARGUMENT names the sequence, the field, the value and the limit.
+  absl::Status Check(const StepPlan& plan);
+
+ private:
+  static constexpr int32_t kNobody = -1;
+
+  absl::Status CheckSizes(const StepPlan& plan) const;
+  absl::Status CheckSequence(const SequenceStep& sequence) const;
+  absl::Status CheckIds(const StepPlan& plan) const;
+  absl::Status CheckWrites(const StepPlan& plan);
+
+  const EngineInfo info_;
+  std::vector<int32_t> writer_;  // [num_blocks] which sequence of this plan writes the block
+};
+
+}  // namespace latentd
+
+#endif  // LATENTD_ENGINE_CPU_PLAN_CHECK_H_
