@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
+#include "engine/status.h"
 
 namespace latentd {
 namespace {
@@ -105,23 +106,15 @@ class EngineCore::Impl {
       num_not_started_ += std::exchange(num_submitted_, 0);
       stopping = stopping_;
     }
-    std::vector<SequenceEvent> refused;
     for (Message& message : messages) {
       if (const RequestId* id = std::get_if<RequestId>(&message)) {
         scheduler_.Cancel(*id);
-        continue;
-      }
-      Request& request = std::get<Request>(message);
-      const RequestId id = request.id;
-      // Submit has checked all but one thing: that the id is new.
-      if (absl::Status added = scheduler_.Add(std::move(request)); !added.ok()) {
-        refused.push_back({.id = id,
-                           .kind = SequenceEvent::Kind::kFailed,
-                           .finish = FinishReason::kError,
-                           .error = std::move(added)});
+      } else {
+        // Submit has checked all that a caller may get wrong.
+        const absl::Status added = scheduler_.Add(std::move(std::get<Request>(message)));
+        LATENTD_CHECK(added.ok());
       }
     }
-    Emit(std::move(refused));
     return !stopping;
   }
 

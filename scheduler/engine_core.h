@@ -59,6 +59,7 @@ class EngineCore {
   // Hands a request over. RESOURCE_EXHAUSTED when max_waiting requests wait already,
   // INVALID_ARGUMENT when it could never fit, UNAVAILABLE after Stop(). After OK its events follow,
   // ending with a finish, kFailed, or nothing more after Cancel().
+  // REQUIRES: no other request has or had this id.
   absl::Status Submit(Request request);
 
   // Forgets a request; its blocks are free at the next step. No-op if unknown or finished. Events

@@ -39,6 +39,8 @@ class SchedulerTest : public ::testing::Test {
         std::make_unique<FakeEngine>(FakeEngineOptions{.info = info, .block_size = kTestBlock});
     scheduler_ = std::make_unique<Scheduler>(config, info,
                                              Scheduler::BlockOptions{.block_size = kTestBlock});
+    tokens_.clear();
+    finish_.clear();
   }
 
   // A prompt of `num_tokens` that begins with no block of another `kind`'s.
