@@ -22,6 +22,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
+constexpr std::chrono::seconds kConnectTimeout{10};
+
 float MillisecondsBetween(Clock::time_point begin, Clock::time_point end) {
   return std::chrono::duration<float, std::milli>(end - begin).count();
 }
@@ -83,8 +85,16 @@ class LoadGenerator::Worker {
   Worker(const BenchOptions& options, const Workload& workload, int64_t num_connections)
       : options_(options), workload_(workload) {
     for (int64_t i = 0; i < num_connections; ++i) {
-      stubs_.push_back(std::make_unique<grpc::GenericStub>(MakeChannel(options.connection)));
+      channels_.push_back(MakeChannel(options.connection));
+      stubs_.push_back(std::make_unique<grpc::GenericStub>(channels_.back()));
     }
+  }
+
+  // Opens the connections, so that no request's latency holds that. One that cannot be had by
+  // `deadline` is left to the requests, which tell why.
+  void Connect(std::chrono::system_clock::time_point deadline) {
+    for (const auto& channel : channels_) channel->GetState(/*try_to_connect=*/true);
+    for (const auto& channel : channels_) channel->WaitForConnected(deadline);
   }
 
   // Begins a run. Until Join() the thread handles what the queue gives.
@@ -276,7 +286,8 @@ class LoadGenerator::Worker {
 
   const BenchOptions& options_;
   const Workload& workload_;
-  std::vector<std::unique_ptr<grpc::GenericStub>> stubs_;  // one connection each, used in turn
+  std::vector<std::shared_ptr<grpc::Channel>> channels_;   // one connection each
+  std::vector<std::unique_ptr<grpc::GenericStub>> stubs_;  // of the channels, used in turn
   std::atomic<size_t> next_stub_ = 0;
 
   RunState* run_ = nullptr;
@@ -349,6 +360,8 @@ LoadGenerator::~LoadGenerator() = default;
 
 LoadResult LoadGenerator::Run(const Plan& plan,
                               const std::function<void(const LoadProgress&)>& on_progress) {
+  const auto connect_deadline = std::chrono::system_clock::now() + kConnectTimeout;
+  for (auto& worker : workers_) worker->Connect(connect_deadline);
   const auto [user_before, system_before] = CpuSeconds();
   RunState run;
   run.plan = plan;
