@@ -46,7 +46,7 @@ class Binder : public WeightVisitor {
     const std::string scale_name = spec.name + "_scale_inv";
     const TensorView* found = Find(spec);
     if (found == nullptr) {
-      used_.insert(scale_name);  // one missing projection, one problem
+      used_.insert(scale_name);  // one bad projection, one problem
       return;
     }
     linear.weight = *found;
@@ -73,12 +73,12 @@ class Binder : public WeightVisitor {
 
   absl::Status status(const std::filesystem::path& dir) const;
   const std::set<std::string, std::less<>>& used() const { return used_; }
-  bool complete() const { return num_problems_ == 0; }
+
+ private:
   void Problem(std::string problem) {
     if (++num_problems_ <= kMaxProblems) problems_.push_back(std::move(problem));
   }
 
- private:
   const TensorView* Find(const TensorSpec& spec) {
     used_.insert(spec.name);
     const TensorView* found = checkpoint_.Find(spec.name);
@@ -137,6 +137,7 @@ void Binder::BindMtpLayer(int32_t index) {
 void Binder::FindSurplus() {
   const int32_t num_layers = config_.num_hidden_layers + config_.num_nextn_predict_layers;
   for (const auto& [name, view] : checkpoint_.tensors()) {
+    // Transformers writes the shared experts of n_shared_experts 0, with no elements.
     if (used_.contains(name) || view.num_elements() == 0) continue;
     // A buffer that old exporters wrote; it is computed from the config.
     if (absl::EndsWith(name, ".rotary_emb.inv_freq")) continue;
