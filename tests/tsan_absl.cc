@@ -16,6 +16,13 @@
 #include "absl/synchronization/notification.h"
 #include "absl/time/time.h"
 
+extern "C" {
+void AnnotateIgnoreReadsBegin(const char* file, int line);
+void AnnotateIgnoreReadsEnd(const char* file, int line);
+void AnnotateIgnoreWritesBegin(const char* file, int line);
+void AnnotateIgnoreWritesEnd(const char* file, int line);
+}
+
 namespace {
 
 #define TSAN_ABSL_TEXT_(x) #x
@@ -41,6 +48,20 @@ struct AcquireAtEnd {
   ~AcquireAtEnd() { __tsan_acquire(const_cast<void*>(address)); }
 };
 
+// absl evaluates a Condition within Await() and within another thread's Unlock(), with the lock held
+// but after it was said to be released. What the condition reads there is in order.
+class IgnoreConditions {
+ public:
+  IgnoreConditions() {
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+  }
+  ~IgnoreConditions() {
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+  }
+};
+
 }  // namespace
 
 namespace absl {
@@ -55,6 +76,7 @@ void Mutex::Lock() {
 void Mutex::Unlock() {
   static auto* const original = Original<void(Mutex*)>("5Mutex6UnlockEv");
   Release(this);
+  const IgnoreConditions ignore;
   return original(this);
 }
 
@@ -73,6 +95,7 @@ void Mutex::ReaderLock() {
 void Mutex::ReaderUnlock() {
   static auto* const original = Original<void(Mutex*)>("5Mutex12ReaderUnlockEv");
   Release(this);
+  const IgnoreConditions ignore;
   return original(this);
 }
 
@@ -81,6 +104,7 @@ void Mutex::LockWhen(const Condition& condition) {
       Original<void(Mutex*, const Condition&)>("5Mutex8LockWhenERKNS0_9ConditionE");
   Release(this);
   const AcquireAtEnd acquire{this};
+  const IgnoreConditions ignore;
   return original(this, condition);
 }
 
@@ -89,6 +113,7 @@ void Mutex::Await(const Condition& condition) {
       Original<void(Mutex*, const Condition&)>("5Mutex5AwaitERKNS0_9ConditionE");
   Release(this);
   const AcquireAtEnd acquire{this};
+  const IgnoreConditions ignore;
   return original(this, condition);
 }
 
@@ -97,6 +122,7 @@ bool Mutex::AwaitWithTimeout(const Condition& condition, Duration timeout) {
       "5Mutex16AwaitWithTimeoutERKNS0_9ConditionENS0_8DurationE");
   Release(this);
   const AcquireAtEnd acquire{this};
+  const IgnoreConditions ignore;
   return original(this, condition, timeout);
 }
 
@@ -105,6 +131,7 @@ bool Mutex::AwaitWithDeadline(const Condition& condition, Time deadline) {
       "5Mutex17AwaitWithDeadlineERKNS0_9ConditionENS0_4TimeE");
   Release(this);
   const AcquireAtEnd acquire{this};
+  const IgnoreConditions ignore;
   return original(this, condition, deadline);
 }
 
@@ -112,6 +139,7 @@ void CondVar::Wait(Mutex* mutex) {
   static auto* const original = Original<void(CondVar*, Mutex*)>("7CondVar4WaitEPNS0_5MutexE");
   Release(mutex);
   const AcquireAtEnd acquire{mutex};
+  const IgnoreConditions ignore;
   return original(this, mutex);
 }
 
@@ -120,6 +148,7 @@ bool CondVar::WaitWithTimeout(Mutex* mutex, Duration timeout) {
       "7CondVar15WaitWithTimeoutEPNS0_5MutexENS0_8DurationE");
   Release(mutex);
   const AcquireAtEnd acquire{mutex};
+  const IgnoreConditions ignore;
   return original(this, mutex, timeout);
 }
 
@@ -128,6 +157,7 @@ bool CondVar::WaitWithDeadline(Mutex* mutex, Time deadline) {
       Original<bool(CondVar*, Mutex*, Time)>("7CondVar16WaitWithDeadlineEPNS0_5MutexENS0_4TimeE");
   Release(mutex);
   const AcquireAtEnd acquire{mutex};
+  const IgnoreConditions ignore;
   return original(this, mutex, deadline);
 }
 
