@@ -1,0 +1,81 @@
+#include "server/check.h"
+
+#include <filesystem>
+#include <ostream>
+#include <string>
+#include <system_error>
+
+#include "engine/model/host_memory.h"
+#include "engine/model/weights.h"
+#include "engine/status.h"
+#include "fmt/format.h"
+#include "fmt/ostream.h"
+
+namespace latentd {
+namespace {
+
+std::string DescribeModel(const ModelPath& path, const ModelConfig& model) {
+  std::string text = fmt::format("model {} ({})\n", path.name, path.config_file.string());
+  text += fmt::format(
+      "layers: {}, of them {} dense, {} MTP beside them; hidden_size {}; vocab_size {}\n",
+      model.num_hidden_layers, model.first_k_dense_replace, model.num_nextn_predict_layers,
+      model.hidden_size, model.vocab_size);
+  text += fmt::format("attention: {} heads, kv_lora_rank {}, qk_rope_head_dim {}, q_lora_rank {}\n",
+                      model.num_attention_heads, model.kv_lora_rank, model.qk_rope_head_dim,
+                      model.q_lora_rank ? std::to_string(*model.q_lora_rank) : "none");
+  text += fmt::format("experts: {} routed in {} groups, {} a token; {} shared\n",
+                      model.n_routed_experts, model.n_group, model.num_experts_per_tok,
+                      model.n_shared_experts);
+  text +=
+      fmt::format("weights: {}\n", model.quantization ? fmt::format("FP8 e4m3 in blocks of {} x {}",
+                                                                    model.quantization->block_rows,
+                                                                    model.quantization->block_cols)
+                                   : model.dtype_bytes == 4 ? "float32"
+                                                            : "bfloat16");
+  for (const std::string& field : model.unknown_fields) {
+    text += fmt::format("note: config.json's '{}' means nothing to latentd\n", field);
+  }
+  return text;
+}
+
+}  // namespace
+
+absl::Status RunCheck(const ServeConfig& config, const ModelPath& path, std::ostream& out) {
+  ASSIGN_OR_RETURN(const ModelConfig model, ReadModelConfig(path));
+  fmt::print(out, "{}\n", DescribeModel(path, model));
+  ASSIGN_OR_RETURN(const EngineLimits limits, ResolveLimits(config, model));
+  fmt::print(out, "{}max_model_len: {} tokens\n\n", limits.memory.ToString(), limits.max_model_len);
+  ASSIGN_OR_RETURN(const GenerationDefaults defaults, LoadGenerationDefaults(path.dir, model));
+
+  std::error_code code;
+  const bool lone_config = path.config_file.filename() != "config.json" ||
+                           !std::filesystem::exists(path.dir / "tokenizer.json", code);
+  if (lone_config) {
+    fmt::print(out, "tokenizer: not checked, {} stands alone\n", path.config_file.string());
+  } else {
+    ServedModel text;
+    RETURN_IF_ERROR(LoadText(config, path, model, &text));
+    fmt::print(out, "tokenizer: {} tokens; chat template: {}\n", text.tokenizer->vocab_size(),
+               text.chat_template == nullptr ? "none, Chat will be refused" : "ok");
+  }
+  if (lone_config || config.load_format == "dummy") {
+    fmt::print(out, "checkpoint: not checked, {}\n",
+               config.load_format == "dummy" ? "load_format is dummy" : "there is none");
+  } else {
+    RETURN_IF_ERROR(CheckWeights(model, path.dir));
+    fmt::print(out, "checkpoint: every tensor is there, none is surplus, shapes and types fit\n");
+  }
+  const uint64_t available = AvailableMemoryBytes();
+  const absl::Status fits = CheckFits(limits.memory, available);
+  if (fits.ok()) {
+    fmt::print(out, "memory: fits into the {:.1f} GiB that this machine has left\n",
+               static_cast<double>(available) / (1 << 30));
+  } else if (lone_config) {  // it is being planned for another machine
+    fmt::print(out, "memory: not on this machine: {}\n", std::string(fits.message()));
+  } else {
+    return fits;
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace latentd

@@ -1,0 +1,19 @@
+#ifndef LATENTD_SERVER_CHECK_H_
+#define LATENTD_SERVER_CHECK_H_
+
+#include <iosfwd>
+
+#include "absl/status/status.h"
+#include "server/config.h"
+#include "server/model_loader.h"
+
+namespace latentd {
+
+// `latentd check`: what serving would refuse is refused, with the same words, and nothing is
+// loaded. Writes the model, the memory plan and what was checked to `out`. Where the model is a
+// lone config.json its tokenizer and weights are not asked for.
+absl::Status RunCheck(const ServeConfig& config, const ModelPath& path, std::ostream& out);
+
+}  // namespace latentd
+
+#endif  // LATENTD_SERVER_CHECK_H_

@@ -1,0 +1,130 @@
+#include <filesystem>
+#include <iostream>
+#include <memory>
+#include <string>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+#include "CLI/CLI.hpp"
+#include "engine/status.h"
+#include "fmt/format.h"
+#include "server/check.h"
+#include "server/client/bench.h"
+#include "server/client/chat.h"
+#include "server/config.h"
+#include "server/model_loader.h"
+#include "server/serve.h"
+#include "server/version.h"
+
+namespace latentd {
+namespace {
+
+// A command that takes the whole configuration: --config and one flag for each key.
+struct ConfigFlags {
+  std::string file;
+  std::vector<std::pair<std::string, std::string>> values;  // in the order in which they were given
+};
+
+std::shared_ptr<ConfigFlags> AddConfigFlags(CLI::App* command) {
+  auto flags = std::make_shared<ConfigFlags>();
+  command->add_option("--config", flags->file, "YAML file with the keys below; flags win over it")
+      ->type_name("FILE");
+  const ServeConfig defaults;
+  for (const ConfigKey& key : ConfigKeys()) {
+    const std::string name(key.name);
+    std::string names = ConfigFlag(key);
+    if (names != "--" + name) names += ",--" + name;
+    const std::string value = ConfigValue(key, defaults);
+    const std::string range = ConfigRange(key);
+    CLI::Option* option = command->add_option_function<std::string>(
+        names, [flags, name](const std::string& value) { flags->values.emplace_back(name, value); },
+        fmt::format("{}{}", key.help, range.empty() ? "" : " [" + range + "]"));
+    option->type_name(ConfigUnit(key))->group("Configuration");
+    if (!value.empty()) option->default_str(value);
+  }
+  command->allow_extras();  // so that an unknown flag is answered with the one that was meant
+  return flags;
+}
+
+absl::Status RefuseExtras(const CLI::App& command) {
+  for (const std::string& extra : command.remaining()) {
+    if (!extra.starts_with("--")) {
+      return absl::InvalidArgumentError(fmt::format("unexpected argument '{}'", extra));
+    }
+    const std::string name = extra.substr(2, extra.find('=') - 2);
+    const std::string nearest = NearestConfigKey(name);
+    return absl::InvalidArgumentError(fmt::format(
+        "unknown flag '--{}'{}", name,
+        nearest.empty()
+            ? ""
+            : fmt::format("; did you mean '{}'?", ConfigFlag(*FindConfigKey(nearest)))));
+  }
+  return absl::OkStatus();
+}
+
+struct Invocation {
+  ServeConfig config;
+  ModelPath model;
+};
+
+absl::StatusOr<Invocation> ReadInvocation(const CLI::App& command, const ConfigFlags& flags) {
+  RETURN_IF_ERROR(RefuseExtras(command));
+  Invocation invocation;
+  ASSIGN_OR_RETURN(invocation.config, LoadServeConfig(flags.file, flags.values));
+  std::error_code code;
+  const std::filesystem::path executable = std::filesystem::read_symlink("/proc/self/exe", code);
+  ASSIGN_OR_RETURN(invocation.model, ModelPath::Resolve(invocation.config, executable));
+  return invocation;
+}
+
+int Report(std::string_view command, const absl::Status& status, int exit_code) {
+  if (status.ok()) return kServeOk;
+  std::cerr << "latentd " << command << ": " << status.message() << std::endl;
+  return exit_code;
+}
+
+void RegisterServeCommand(CLI::App& app, int* exit_code) {
+  CLI::App* command = app.add_subcommand("serve", "Serve a model over gRPC");
+  const auto flags = AddConfigFlags(command);
+  command->callback([command, flags, exit_code] {
+    const auto invocation = ReadInvocation(*command, *flags);
+    *exit_code = invocation.ok() ? RunServe(invocation->config, invocation->model)
+                                 : Report("serve", invocation.status(), kServeUsage);
+  });
+}
+
+void RegisterCheckCommand(CLI::App& app, int* exit_code) {
+  CLI::App* command = app.add_subcommand(
+      "check", "Check configuration and checkpoint, print the memory plan, load nothing");
+  const auto flags = AddConfigFlags(command);
+  command->callback([command, flags, exit_code] {
+    const auto invocation = ReadInvocation(*command, *flags);
+    *exit_code = invocation.ok()
+                     ? Report("check", RunCheck(invocation->config, invocation->model, std::cout),
+                              kServeFailed)
+                     : Report("check", invocation.status(), kServeUsage);
+  });
+}
+
+int Main(int argc, char** argv) {
+  int exit_code = kServeOk;
+  CLI::App app("latentd serves DeepSeek-V3 and R1 over gRPC.", "latentd");
+  app.set_version_flag("--version", std::string("latentd ") + kVersion);
+  app.require_subcommand(1);
+  RegisterServeCommand(app, &exit_code);
+  RegisterChatCommand(app, &exit_code);
+  RegisterBenchCommand(app, &exit_code);
+  RegisterCheckCommand(app, &exit_code);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? kServeOk : kServeUsage;
+  }
+  return exit_code;
+}
+
+}  // namespace
+}  // namespace latentd
+
+int main(int argc, char** argv) { return latentd::Main(argc, argv); }

@@ -1,0 +1,329 @@
+#include "server/metrics.h"
+
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <fstream>
+#include <limits>
+#include <sstream>
+#include <utility>
+
+#include "absl/time/clock.h"
+#include "prometheus/text_serializer.h"
+#include "server/version.h"
+
+namespace latentd {
+namespace {
+
+using prometheus::ClientMetric;
+using prometheus::MetricFamily;
+using prometheus::MetricType;
+using Labels = std::vector<ClientMetric::Label>;
+
+// Series that exist from the start, so that a rate over them sees the first increment.
+constexpr absl::StatusCode kExpectedCodes[] = {
+    absl::StatusCode::kCancelled,         absl::StatusCode::kInvalidArgument,
+    absl::StatusCode::kDeadlineExceeded,  absl::StatusCode::kNotFound,
+    absl::StatusCode::kResourceExhausted, absl::StatusCode::kUnimplemented,
+    absl::StatusCode::kInternal,          absl::StatusCode::kUnavailable};
+constexpr std::string_view kExpectedRejections[] = {"QUEUE_FULL", "LOADING", "DRAINING"};
+
+// Seconds. A token takes a quarter of a millisecond on the demo model, 10 to 60 on DeepSeek-V3.
+constexpr double kTokenSeconds[] = {.00025, .0005, .001, .002, .004, .006, .008, .01, .015,
+                                    .02,    .025,  .03,  .035, .04,  .06,  .08,  .1,  .2,
+                                    .4,     .6,    .8,   1,    2,    4,    6,    8};
+constexpr double kFirstTokenSeconds[] = {.001, .005, .01, .02, .04, .06, .08, .1, .25, .5,  .75,
+                                         1,    2.5,  5,   7.5, 10,  20,  40,  80, 160, 640, 2560};
+constexpr double kRequestSeconds[] = {.01,  .02,   .04,   .08,   .16,   .32, .64, 1.28, 2.56,
+                                      5.12, 10.24, 20.48, 40.96, 81.92, 160, 320, 640,  1280};
+constexpr double kSchedulerSeconds[] = {.00001, .00002, .00005, .0001, .0002,
+                                        .0005,  .001,   .002,   .005,  .01};
+constexpr double kStepTokens[] = {1,   2,   4,    8,    16,   32,   64,   128,
+                                  256, 512, 1024, 2048, 4096, 8192, 16384};
+constexpr double kStepSequences[] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024};
+constexpr double kRequestTokens[] = {1,    2,    5,    10,    20,    50,    100,    200,   500,
+                                     1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000};
+
+// Collects families; `base` are the labels of each series.
+class Collector {
+ public:
+  explicit Collector(Labels base) : base_(std::move(base)) {}
+
+  Collector& Family(std::string name, std::string help, MetricType type) {
+    families_.push_back({std::move(name), std::move(help), type, {}});
+    return *this;
+  }
+  Collector& Value(double value, Labels labels = {}) {
+    ClientMetric& metric = Series(std::move(labels));
+    metric.counter.value = value;  // the family's type decides which of them is read
+    metric.gauge.value = value;
+    return *this;
+  }
+  void Gauge(std::string name, std::string help, double value) {
+    Family(std::move(name), std::move(help), MetricType::Gauge).Value(value);
+  }
+  void Counter(std::string name, std::string help, double value) {
+    Family(std::move(name), std::move(help), MetricType::Counter).Value(value);
+  }
+  void Distribution(std::string name, std::string help, const Histogram& histogram) {
+    Family(std::move(name), std::move(help), MetricType::Histogram).Series({}).histogram =
+        histogram.Collect();
+  }
+  std::vector<MetricFamily> Take() { return std::move(families_); }
+
+ private:
+  ClientMetric& Series(Labels labels) {
+    ClientMetric& metric = families_.back().metric.emplace_back();
+    metric.label = base_;
+    metric.label.insert(metric.label.end(), std::make_move_iterator(labels.begin()),
+                        std::make_move_iterator(labels.end()));
+    return metric;
+  }
+
+  const Labels base_;
+  std::vector<MetricFamily> families_;
+};
+
+template <size_t N>
+int IndexOf(const std::array<std::string_view, N>& names, std::string_view name) {
+  const auto found = std::find(names.begin(), names.end(), name);
+  return found == names.end() ? -1 : static_cast<int>(found - names.begin());
+}
+
+// The names and meanings that every Prometheus client library gives to these.
+void CollectProcess(absl::Time start, Collector* out) {
+  rusage usage = {};
+  getrusage(RUSAGE_SELF, &usage);
+  const auto seconds = [](const timeval& time) { return time.tv_sec + time.tv_usec * 1e-6; };
+  out->Counter("process_cpu_seconds_total", "User and system CPU time spent, in seconds.",
+               seconds(usage.ru_utime) + seconds(usage.ru_stime));
+  int64_t pages = 0;
+  int64_t resident_pages = 0;
+  std::ifstream("/proc/self/statm") >> pages >> resident_pages;
+  out->Gauge("process_resident_memory_bytes", "Resident memory, in bytes.",
+             static_cast<double>(resident_pages * sysconf(_SC_PAGESIZE)));
+  out->Gauge("process_start_time_seconds", "Start of the process, in seconds since the Unix epoch.",
+             absl::ToDoubleSeconds(start - absl::UnixEpoch()));
+}
+
+}  // namespace
+
+Histogram::Histogram(absl::Span<const double> bounds)
+    : bounds_(bounds.begin(), bounds.end()),
+      counts_(new std::atomic<int64_t>[bounds_.size() + 1]()) {}
+
+void Histogram::Observe(double value, int64_t count) {
+  const size_t bucket = std::lower_bound(bounds_.begin(), bounds_.end(), value) - bounds_.begin();
+  counts_[bucket].fetch_add(count, std::memory_order_relaxed);
+  sum_.fetch_add(value * static_cast<double>(count), std::memory_order_relaxed);
+}
+
+ClientMetric::Histogram Histogram::Collect() const {
+  ClientMetric::Histogram histogram;
+  histogram.bucket.reserve(bounds_.size() + 1);
+  uint64_t cumulative = 0;
+  for (size_t i = 0; i <= bounds_.size(); ++i) {
+    cumulative += counts_[i].load(std::memory_order_relaxed);
+    histogram.bucket.push_back(
+        {cumulative, i < bounds_.size() ? bounds_[i] : std::numeric_limits<double>::infinity()});
+  }
+  histogram.sample_count = cumulative;
+  histogram.sample_sum = sum_.load(std::memory_order_relaxed);
+  return histogram;
+}
+
+Metrics::Metrics(std::string model)
+    : model_(std::move(model)),
+      start_(absl::Now()),
+      time_to_first_token_(kFirstTokenSeconds),
+      inter_token_latency_(kTokenSeconds),
+      time_per_output_token_(kTokenSeconds),
+      request_duration_(kRequestSeconds),
+      queue_(kFirstTokenSeconds),
+      prefill_(kFirstTokenSeconds),
+      step_(kTokenSeconds),
+      scheduler_(kSchedulerSeconds),
+      step_tokens_(kStepTokens),
+      step_sequences_(kStepSequences),
+      request_prompt_tokens_(kRequestTokens),
+      request_generation_tokens_(kRequestTokens) {
+  for (std::string_view reason : kExpectedRejections) rejections_[std::string(reason)] = 0;
+}
+
+void Metrics::SetLoadProgress(uint64_t loaded_bytes, uint64_t total_bytes) {
+  load_bytes_loaded_ = loaded_bytes;
+  load_bytes_total_ = total_bytes;
+}
+
+void Metrics::SetStartupPhase(std::string_view phase, absl::Duration duration) {
+  absl::MutexLock lock(&mutex_);
+  startup_seconds_[std::string(phase)] = absl::ToDoubleSeconds(duration);
+}
+
+void Metrics::SetEngine(const EngineInfo& info, std::string engine, bool prefix_caching,
+                        std::function<CoreStats()> stats) {
+  absl::MutexLock lock(&mutex_);
+  engine_labels_ = {{"engine", std::move(engine)},
+                    {"block_size", std::to_string(kBlockSize)},
+                    {"num_blocks", std::to_string(info.num_blocks)},
+                    {"num_dp_ranks", std::to_string(info.num_dp_ranks)},
+                    {"max_model_len", std::to_string(info.max_model_len)},
+                    {"prefix_caching", prefix_caching ? "true" : "false"}};
+  core_stats_ = std::move(stats);
+}
+
+void Metrics::OnStep(const StepReport& report) {
+  step_.Observe(absl::ToDoubleSeconds(report.execute));
+  scheduler_.Observe(absl::ToDoubleSeconds(report.schedule + report.update));
+  step_tokens_.Observe(report.num_tokens);
+  step_sequences_.Observe(report.num_sequences);
+  generation_tokens_.fetch_add(report.num_sampled, std::memory_order_relaxed);
+}
+
+void Metrics::OnFinished(const RequestRecord& record) {
+  const int method = IndexOf(kMethods, record.method);
+  const int code = static_cast<int>(record.code);
+  const int finish = std::max(0, IndexOf(kFinishReasons, record.finish_reason));
+  if (method >= 0 && code >= 0 && code < kNumCodes) {
+    requests_[method][code][finish].fetch_add(1, std::memory_order_relaxed);
+  }
+  if (record.code == absl::StatusCode::kCancelled) ++client_cancelled_;
+  request_duration_.Observe(absl::ToDoubleSeconds(record.total));
+  if (record.queue) queue_.Observe(absl::ToDoubleSeconds(*record.queue));
+  if (record.queue && record.time_to_first_token) {
+    prefill_.Observe(absl::ToDoubleSeconds(*record.time_to_first_token - *record.queue));
+  }
+  if (record.decode && record.completion_tokens > 1) {
+    time_per_output_token_.Observe(absl::ToDoubleSeconds(*record.decode) /
+                                   (record.completion_tokens - 1));
+  }
+  if (record.prompt_tokens > 0) request_prompt_tokens_.Observe(record.prompt_tokens);
+  if (record.completion_tokens > 0) request_generation_tokens_.Observe(record.completion_tokens);
+}
+
+void Metrics::OnRejected(std::string_view reason) {
+  absl::MutexLock lock(&mutex_);
+  ++rejections_[std::string(reason)];
+}
+
+void Metrics::OnFirstToken(absl::Duration since_arrival) {
+  time_to_first_token_.Observe(absl::ToDoubleSeconds(since_arrival));
+}
+
+void Metrics::OnTokens(absl::Duration since_last, int64_t count) {
+  inter_token_latency_.Observe(absl::ToDoubleSeconds(since_last), count);
+}
+
+std::vector<MetricFamily> Metrics::Collect() const {
+  Collector out({{"model", model_}});
+  const ServerState state = state_;
+
+  out.Family("latentd_build_info", "Constant 1; the labels say what is running.", MetricType::Gauge)
+      .Value(1, {{"version", kVersion}});
+  out.Family("latentd_state", "1 for the state that the daemon is in, 0 for the others.",
+             MetricType::Gauge);
+  for (size_t i = 0; i < kServerStateNames.size(); ++i) {
+    out.Value(static_cast<size_t>(state) == i, {{"state", std::string(kServerStateNames[i])}});
+  }
+  out.Gauge("latentd_ready", "1 when calls are answered (health key \"\").",
+            state == ServerState::kServing && alive_);
+  out.Gauge("latentd_alive", "1 when the process makes progress (health key \"liveness\").",
+            alive_);
+  out.Gauge("latentd_load_bytes_loaded", "Bytes of weights loaded so far.", load_bytes_loaded_);
+  out.Gauge("latentd_load_bytes_expected", "Bytes of weights to load.", load_bytes_total_);
+
+  CoreStats core;
+  {
+    absl::MutexLock lock(&mutex_);
+    out.Family("latentd_startup_seconds", "How long each phase of the start took.",
+               MetricType::Gauge);
+    for (const auto& [phase, seconds] : startup_seconds_) out.Value(seconds, {{"phase", phase}});
+    if (core_stats_) {
+      Labels labels;
+      for (const auto& [name, value] : engine_labels_) labels.push_back({name, value});
+      out.Family("latentd_cache_config_info",
+                 "Constant 1; the labels describe engine and KV cache.", MetricType::Gauge)
+          .Value(1, labels);
+      core = core_stats_();
+    }
+  }
+  out.Gauge("latentd_requests_waiting", "Requests that wait for a place in a step.",
+            core.num_waiting);
+  out.Gauge("latentd_requests_running", "Sequences that take part in steps.", core.num_running);
+  out.Gauge("latentd_kv_cache_blocks", "Blocks of the KV cache.", core.num_blocks);
+  out.Gauge(
+      "latentd_kv_cache_usage_ratio",
+      "Share of the KV cache's blocks that running sequences hold, 0 to 1.",
+      core.num_blocks == 0 ? 0 : 1 - static_cast<double>(core.num_free_blocks) / core.num_blocks);
+  out.Counter("latentd_steps_total", "Steps of the engine.", core.num_steps);
+  out.Counter("latentd_preemptions_total",
+              "Running sequences that gave up their blocks and are computed again.",
+              core.num_preemptions);
+  out.Counter("latentd_prompt_tokens_total", "Prompt tokens of admitted requests.",
+              core.prompt_tokens);
+  out.Counter("latentd_prompt_tokens_cached_total",
+              "Of the prompt tokens: found in the prefix cache.", core.cached_tokens);
+  out.Counter("latentd_generation_tokens_total", "Tokens drawn.", generation_tokens_);
+
+  out.Family("latentd_requests_total", "Generating calls that ended, by method, code and finish.",
+             MetricType::Counter);
+  for (size_t method = 0; method < kMethods.size(); ++method) {
+    for (int code = 0; code < kNumCodes; ++code) {
+      for (size_t finish = 0; finish < kFinishReasons.size(); ++finish) {
+        const int64_t count = requests_[method][code][finish].load(std::memory_order_relaxed);
+        const bool expected =
+            code == 0
+                ? kFinishReasons[finish] == "stop" || kFinishReasons[finish] == "length"
+                : finish == 0 &&
+                      std::find(std::begin(kExpectedCodes), std::end(kExpectedCodes),
+                                static_cast<absl::StatusCode>(code)) != std::end(kExpectedCodes);
+        if (count == 0 && !expected) continue;
+        out.Value(static_cast<double>(count),
+                  {{"method", std::string(kMethods[method])},
+                   {"grpc_code", absl::StatusCodeToString(static_cast<absl::StatusCode>(code))},
+                   {"finish_reason", std::string(kFinishReasons[finish])}});
+      }
+    }
+  }
+  out.Family("latentd_admission_rejections_total", "Calls refused at the door, by reason.",
+             MetricType::Counter);
+  {
+    absl::MutexLock lock(&mutex_);
+    for (const auto& [reason, count] : rejections_) {
+      out.Value(static_cast<double>(count), {{"reason", reason}});
+    }
+  }
+  out.Counter("latentd_client_cancelled_total", "Calls whose client went away or cancelled.",
+              client_cancelled_);
+
+  out.Distribution("latentd_time_to_first_token_seconds",
+                   "From a call's arrival to its first token.", time_to_first_token_);
+  out.Distribution("latentd_inter_token_latency_seconds",
+                   "Between two tokens of one sequence, every pair.", inter_token_latency_);
+  out.Distribution("latentd_time_per_output_token_seconds",
+                   "Mean time between the tokens of one request.", time_per_output_token_);
+  out.Distribution("latentd_request_duration_seconds", "From a call's arrival to its end.",
+                   request_duration_);
+  out.Distribution("latentd_queue_seconds", "From a call's arrival to its first step.", queue_);
+  out.Distribution("latentd_prefill_seconds", "From a request's first step to its first token.",
+                   prefill_);
+  out.Distribution("latentd_step_seconds", "One step of the engine.", step_);
+  out.Distribution("latentd_scheduler_seconds", "Planning and booking of one step.", scheduler_);
+  out.Distribution("latentd_step_tokens", "Tokens computed in one step.", step_tokens_);
+  out.Distribution("latentd_step_sequences", "Sequences of one step.", step_sequences_);
+  out.Distribution("latentd_request_prompt_tokens", "Prompt tokens of one request.",
+                   request_prompt_tokens_);
+  out.Distribution("latentd_request_generation_tokens", "Tokens drawn for one request.",
+                   request_generation_tokens_);
+  CollectProcess(start_, &out);
+  return out.Take();
+}
+
+std::string Metrics::Text() const {
+  std::ostringstream text;
+  prometheus::TextSerializer().Serialize(text, Collect());
+  return std::move(text).str();
+}
+
+}  // namespace latentd

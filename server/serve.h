@@ -1,0 +1,22 @@
+#ifndef LATENTD_SERVER_SERVE_H_
+#define LATENTD_SERVER_SERVE_H_
+
+#include "server/config.h"
+#include "server/model_loader.h"
+
+namespace latentd {
+
+// Exit codes of the daemon.
+inline constexpr int kServeOk = 0;      // asked to end, and every call had ended
+inline constexpr int kServeFailed = 1;  // could not listen or load, or calls were cut off
+inline constexpr int kServeUsage = 2;   // a flag or the configuration is wrong
+
+// `latentd serve`: the process around a Server. Loads, serves, and on SIGTERM or SIGINT drains:
+// readiness NOT_SERVING, running calls go on for config.drain_timeout at most, then UNAVAILABLE. A
+// second signal ends the drain; a signal while loading ends at once. Returns the exit code. Call it
+// on the main thread before there are others: it takes over the signals of the whole process.
+int RunServe(const ServeConfig& config, const ModelPath& model);
+
+}  // namespace latentd
+
+#endif  // LATENTD_SERVER_SERVE_H_

@@ -1,0 +1,96 @@
+#ifndef LATENTD_SERVER_SERVER_H_
+#define LATENTD_SERVER_SERVER_H_
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <thread>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+#include "grpcpp/server.h"
+#include "scheduler/engine_core.h"
+#include "server/config.h"
+#include "server/health.h"
+#include "server/http.h"
+#include "server/inference_service.h"
+#include "server/metrics.h"
+#include "server/model_loader.h"
+#include "server/watchdog.h"
+
+namespace latentd {
+
+// The daemon, without the process around it: no signals, no exit. It is its members, in the order
+// in which they are built; they end in the reverse order.
+//
+// The ports open first and health tells the truth from then on; the model is loaded by a thread of
+// its own. Methods are for one thread, the owner's.
+class Server {
+ public:
+  // Opens the ports and begins to load. `on_loaded` is called once, by the loading thread, when
+  // load_status() has its value. An error names the address.
+  static absl::StatusOr<std::unique_ptr<Server>> Start(const ServeConfig& config, ModelPath model,
+                                                       std::function<void()> on_loaded);
+  // Stop(), and waits for the loading thread.
+  ~Server();
+
+  int grpc_port() const { return grpc_port_; }
+  int http_port() const { return http_ == nullptr ? 0 : http_->port(); }
+  // nullopt while the model is loading; then OK, which is serving, or why it could not be loaded.
+  std::optional<absl::Status> load_status() const;
+  // False while a step, or the loading, lasts longer than config.step_deadline.
+  bool alive() const { return health_.alive(); }
+
+  // From now on readiness is NOT_SERVING and new calls are UNAVAILABLE; running calls go on.
+  void StartDrain();
+  // Generating calls that still run.
+  int num_active() const { return service_.num_active(); }
+  // Ends the calls that still run.
+  void CutCalls(const absl::Status& status) { service_.AbortAll(status); }
+  // Closes the ports; calls that are still open then are cancelled after `grace`. Idempotent.
+  void Stop(absl::Duration grace);
+
+ private:
+  class Observer;
+  class Progress;
+
+  Server(const ServeConfig& config, ModelPath model);
+  absl::Status Listen();
+  void Load();
+  absl::Status LoadAndServe();
+  void SetState(ServerState state);
+  void UpdateHealth() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  const ServeConfig config_;
+  const ModelPath model_;
+  std::function<void()> on_loaded_;
+
+  mutable absl::Mutex mutex_;
+  ServerState state_ ABSL_GUARDED_BY(mutex_) = ServerState::kStarting;
+  bool alive_ ABSL_GUARDED_BY(mutex_) = true;
+  std::optional<absl::Status> load_status_ ABSL_GUARDED_BY(mutex_);
+  std::atomic<int64_t> load_moved_ns_{0};  // when loading last moved, Unix time; 0: not loading
+
+  Metrics metrics_;
+  std::unique_ptr<Observer> observer_;
+  InferenceService service_;
+  HealthService health_;
+  std::unique_ptr<Engine> engine_;
+  std::unique_ptr<EngineCore> core_;
+  std::atomic<EngineCore*> running_core_{nullptr};  // for the watchdog
+  std::unique_ptr<Watchdog> watchdog_;
+  std::unique_ptr<HttpServer> http_;
+  std::unique_ptr<grpc::Server> grpc_;
+  int grpc_port_ = 0;
+  std::thread loader_;
+};
+
+}  // namespace latentd
+
+#endif  // LATENTD_SERVER_SERVER_H_
