@@ -93,9 +93,10 @@ void RefuseConflict(JsonFields& fields, std::string_view name, std::string_view 
 
 void ReadArchitecture(JsonFields& fields) {
   constexpr char kArchitecture[] = "DeepseekV3ForCausalLM";
-  if (const nlohmann::json* type = fields.Find("model_type");
-      type == nullptr || *type != "deepseek_v3") {
-    fields.Refuse("model_type", "\"deepseek_v3\"");
+  // Kimi-K2 calls the same architecture by a name of its own.
+  const nlohmann::json* type = fields.Find("model_type");
+  if (type == nullptr || (*type != "deepseek_v3" && *type != "kimi_k2")) {
+    fields.Refuse("model_type", R"("deepseek_v3" or "kimi_k2")");
   }
   const nlohmann::json* names = fields.Find("architectures");
   if (names != nullptr && *names != nlohmann::json::array({kArchitecture})) {

@@ -105,6 +105,7 @@ TEST(ConfigTest, AbsentFieldsHaveTransformersDefaults) {
 }
 
 TEST(ConfigTest, Honoured) {
+  EXPECT_TRUE(ParseWith(R"({"model_type": "kimi_k2"})").ok());
   EXPECT_EQ(ParseWith(R"({"q_lora_rank": null})")->q_lora_rank, std::nullopt);
   EXPECT_EQ(ParseWith(R"({"n_group": 1, "topk_group": 1})")->n_group, 1);
   EXPECT_TRUE(ParseWith(R"({"attention_bias": true})")->attention_bias);
@@ -214,7 +215,8 @@ TEST_P(RefusalTest, NamesTheFieldItsValueAndWhatIsSupported) {
 }
 
 constexpr Refusal kRefusals[] = {
-    {R"({"model_type": "deepseek_v2"})", R"(model_type is "deepseek_v2"; must be "deepseek_v3")"},
+    {R"({"model_type": "deepseek_v2"})",
+     R"(model_type is "deepseek_v2"; must be "deepseek_v3" or "kimi_k2")"},
     {R"({"model_type": null})", "model_type is null"},
     {R"({"architectures": ["LlamaForCausalLM"]})", R"(architectures is ["LlamaForCausalLM"])"},
     // Sizes.

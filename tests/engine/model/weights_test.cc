@@ -11,6 +11,7 @@
 
 #include "engine/model/host_memory.h"
 #include "engine/model/quantization.h"
+#include "engine/model/read_ahead.h"
 #include "tests/engine/model/tiny_checkpoint.h"
 
 namespace latentd {
@@ -300,7 +301,7 @@ TEST(LoadWeightsTest, ManyProblemsAreCutShort) {
   EXPECT_THAT(message, Not(HasSubstr("layers.2.mlp")));
 }
 
-TEST(LoadWeightsTest, TruncatedAfterOpening) {
+TEST(LoadWeightsTest, Truncated) {
   TempDir dir;
   EXPECT_EQ(Load(dir.path()).status().code(), absl::StatusCode::kNotFound);
   TinyCheckpoint checkpoint = TinyCheckpoint::Load(kVariants / "base");
@@ -308,6 +309,29 @@ TEST(LoadWeightsTest, TruncatedAfterOpening) {
   const auto file = dir.path() / "model.safetensors";
   std::filesystem::resize_file(file, std::filesystem::file_size(file) - 1);
   EXPECT_THAT(Message(Load(dir.path())), HasSubstr("truncated"));
+}
+
+// Somebody shortens the file while it is being loaded: an error, not a bus error.
+TEST(ReadAheadTest, ShortenedAfterOpening) {
+  TempDir dir;
+  const auto file = dir.path() / "model.safetensors";
+  const std::string header =
+      R"({"a": {"dtype": "I64", "shape": [512], "data_offsets": [0, 4096]},
+          "b": {"dtype": "I64", "shape": [8192], "data_offsets": [4096, 69632]}})";
+  WriteAll(file, SafetensorsBytes(header + std::string(8 - header.size() % 8, ' '),
+                                  std::string(69632, '\1')));
+  const auto checkpoint = Checkpoint::OpenFile(file);
+  ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
+  EXPECT_TRUE(ReadAhead(**checkpoint, {"a", "b", "c"}, nullptr).ok());
+  std::filesystem::resize_file(file, 8192);
+  EXPECT_TRUE(ReadAhead(**checkpoint, {"a"}, nullptr).ok());
+  bool reported_done = false;
+  const absl::Status status = ReadAhead(
+      **checkpoint, {"a", "b"},
+      [&](uint64_t done, uint64_t total) { reported_done = reported_done || done == total; });
+  EXPECT_EQ(status.code(), absl::StatusCode::kDataLoss);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("'b' cannot be read"));
+  EXPECT_FALSE(reported_done);
 }
 
 TEST(DummyWeightsTest, ShapesOfTheConfigAndTheSameEachTime) {
