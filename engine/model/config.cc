@@ -29,15 +29,20 @@ constexpr double kMaxFloat = 1e9;
 // Fields that change training, bookkeeping or the shape of Transformers' outputs, never the logits.
 constexpr std::string_view kInertFields[] = {
     "_attn_implementation",
+    "_commit_hash",
     "_name_or_path",
     "attention_dropout",
+    "attn_implementation",
     "auto_map",
     "aux_loss_alpha",
     "chunk_size_feed_forward",
     "ep_size",
+    "experts_implementation",
     "id2label",
     "initializer_range",
     "label2id",
+    "name_or_path",
+    "num_labels",
     "output_attentions",
     "output_hidden_states",
     "output_router_logits",
@@ -289,6 +294,10 @@ absl::Status ReadRope(JsonFields& fields, ModelConfig& config) {
   JsonFields rope(*object, "config.json", name + ".");
   rope.Float("rope_theta", kMinTheta, kMaxFloat * 1e3, &config.rope_theta);
   rope.Only("partial_rotary_factor", 1.0);
+  for (const auto& [field, value] : object->items()) {
+    // Of models whose layers differ: {"full_attention": {...}, "sliding_attention": {...}}.
+    if (value.is_object()) rope.Refuse(field, "a number, text or null: all layers have one RoPE");
+  }
   RefuseConflict(rope, "rope_type", "type");
   const std::string type_name = rope.Find("rope_type") != nullptr ? "rope_type" : "type";
   std::string type = "default";

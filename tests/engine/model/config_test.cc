@@ -311,6 +311,8 @@ constexpr Refusal kRefusals[] = {
      "rope_scaling.truncate is 1"},
     {R"({"rope_scaling": {"type": "yarn", "factor": 2, "partial_rotary_factor": 0.5}})",
      "rope_scaling.partial_rotary_factor is 0.5"},
+    {R"({"rope_scaling": {"full_attention": {"rope_type": "yarn", "factor": 2}}})",
+     "rope_scaling.full_attention is an object; must be a number, text or null"},
     {R"({"rope_parameters": {"rope_type": "default", "rope_theta": 5}})",
      "rope_scaling is an object; must be absent when there is rope_parameters"},
     // Quantisation.
