@@ -118,39 +118,34 @@ void Scheduler::Cancel(RequestId id) {
 StepPlan Scheduler::Schedule() {
   LATENTD_CHECK(!in_step_);
   started_.clear();
-  int32_t budget = max_step_tokens_;
-  const bool preempted = ContinueRunning(&budget);
-  // What was preempted would come right back, or younger ones take its place.
-  if (!preempted) AdmitWaiting(budget);
+  budget_ = max_step_tokens_;
+  const int64_t num_preemptions = num_preemptions_;
+  ContinueRunning();
+  // After a preemption, whom to admit? The preempted would come right back, or younger ones would
+  // take their place.
+  if (num_preemptions_ == num_preemptions) AdmitWaiting();
   return MakePlan();
 }
 
-bool Scheduler::ContinueRunning(int32_t* budget) {
-  bool preempted = false;
+void Scheduler::ContinueRunning() {
   const std::vector<Sequence*> oldest_first = running_;
   for (Sequence* sequence : oldest_first) {
-    if (*budget == 0) break;
+    if (budget_ == 0) return;
     if (!sequence->running) continue;  // preempted by an older one
-    const int32_t num_tokens =
-        std::min(sequence->num_tokens() - sequence->num_computed_tokens(), *budget);
-    if (GrowTable(sequence, sequence->num_computed_tokens() + num_tokens, budget, &preempted)) {
-      AddShare(sequence, num_tokens, budget);
-    }
+    const int32_t num_computed = sequence->num_computed_tokens();
+    const int32_t num_tokens = std::min(sequence->num_tokens() - num_computed, budget_);
+    if (MakeRoom(sequence, num_computed + num_tokens)) AddShare(sequence, num_tokens);
   }
-  return preempted;
 }
 
-bool Scheduler::GrowTable(Sequence* sequence, int32_t num_tokens, int32_t* budget,
-                          bool* preempted) {
-  BlockPool& pool = pools_[sequence->dp_rank()];
+bool Scheduler::MakeRoom(Sequence* sequence, int32_t num_tokens) {
+  const BlockPool& pool = pools_[sequence->dp_rank()];
   const int32_t num_blocks = sequence->BlocksFor(num_tokens);
   while (pool.num_free() < num_blocks) {
     Sequence* victim = FindVictim(sequence->dp_rank());
-    Preempt(victim, budget);
-    *preempted = true;
+    Preempt(victim);
     if (victim == sequence) return false;
   }
-  sequence->Reserve(&pool, num_tokens);
   return true;
 }
 
@@ -163,13 +158,13 @@ Sequence* Scheduler::FindVictim(int32_t dp_rank) const {
   return victim;
 }
 
-void Scheduler::Preempt(Sequence* sequence, int32_t* budget) {
+void Scheduler::Preempt(Sequence* sequence) {
   // It may have its share of this step already: an older one of lower priority.
   const auto share = std::find_if(shares_.begin(), shares_.end(), [sequence](const Share& share) {
     return share.sequence == sequence;
   });
   if (share != shares_.end()) {
-    *budget += share->num_tokens;
+    budget_ += share->num_tokens;
     shares_.erase(share);
   }
   ++num_preemptions_;
@@ -177,19 +172,16 @@ void Scheduler::Preempt(Sequence* sequence, int32_t* budget) {
   std::erase(running_, sequence);
 }
 
-void Scheduler::AdmitWaiting(int32_t budget) {
+void Scheduler::AdmitWaiting() {
   std::vector<int32_t> promised;
-  while (budget > 0 && !waiting_.empty() && num_running() < max_running_) {
+  while (budget_ > 0 && !waiting_.empty() && num_running() < max_running_) {
     if (promised.empty()) promised = PromisedBlocks();
     Sequence* sequence = waiting_.begin()->second;
     const int32_t rank = ChooseRank(sequence, promised);
     if (rank < 0) return;
     waiting_.erase(waiting_.begin());
     Run(sequence, rank);
-    const int32_t num_computed = sequence->num_computed_tokens();
-    const int32_t num_tokens = std::min(sequence->num_tokens() - num_computed, budget);
-    sequence->Reserve(&pools_[rank], num_computed + num_tokens);
-    AddShare(sequence, num_tokens, &budget);
+    AddShare(sequence, std::min(sequence->num_tokens() - sequence->num_computed_tokens(), budget_));
     promised[rank] += sequence->BlocksFor(sequence->num_tokens());
   }
 }
@@ -236,9 +228,10 @@ void Scheduler::Run(Sequence* sequence, int32_t rank) {
   started_.push_back(StartedEvent(sequence->id(), sequence->num_computed_tokens()));
 }
 
-void Scheduler::AddShare(Sequence* sequence, int32_t num_tokens, int32_t* budget) {
+void Scheduler::AddShare(Sequence* sequence, int32_t num_tokens) {
+  sequence->Reserve(&pools_[sequence->dp_rank()], sequence->num_computed_tokens() + num_tokens);
   shares_.push_back({sequence, num_tokens});
-  *budget -= num_tokens;
+  budget_ -= num_tokens;
 }
 
 StepPlan Scheduler::MakePlan() {

@@ -11,6 +11,7 @@
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 #include "engine/engine.h"
 #include "engine/step.h"
 #include "scheduler/block_pool.h"
@@ -20,9 +21,9 @@
 namespace latentd {
 
 struct SchedulerConfig {
-  int32_t max_step_tokens = 8192;  // token budget of a step; never more than the engine's
-  int32_t max_running = 256;       // sequences in a step; never more than the engine's
-  int32_t max_waiting = 1024;      // requests not begun yet; beyond this, a request is refused
+  int32_t max_step_tokens = 8192;  // >= 1: token budget of a step; never more than the engine's
+  int32_t max_running = 256;       // >= 1: sequences in a step; never more than the engine's
+  int32_t max_waiting = 1024;  // >= 1: requests not begun yet; beyond this, a request is refused
   bool prefix_caching = true;
 };
 
@@ -112,22 +113,24 @@ class Scheduler {
     int32_t num_tokens;
   };
 
-  // Schedule(), part by part. `budget` is the number of tokens that the step has left.
-  bool ContinueRunning(int32_t* budget);  // true if it preempted
-  void AdmitWaiting(int32_t budget);
+  // Schedule(), part by part.
+  void ContinueRunning();
+  void AdmitWaiting();
   StepPlan MakePlan();
 
-  // Appends blocks for the first `num_tokens` tokens of a running sequence, preempting others of
-  // its rank or, at last, itself: false then.
-  bool GrowTable(Sequence* sequence, int32_t num_tokens, int32_t* budget, bool* preempted);
+  // Makes sure that there are free blocks for the first `num_tokens` tokens of a running sequence,
+  // by preempting others of its rank or, at last, itself: false then.
+  bool MakeRoom(Sequence* sequence, int32_t num_tokens);
   Sequence* FindVictim(int32_t dp_rank) const;
-  void Preempt(Sequence* sequence, int32_t* budget);
+  void Preempt(Sequence* sequence);
 
+  // Of each rank, the blocks that its running sequences lack for the tokens they already have.
+  std::vector<int32_t> PromisedBlocks() const;
   // The rank with the most room for a waiting sequence, or -1 if it fits nowhere now.
   int32_t ChooseRank(Sequence* sequence, absl::Span<const int32_t> promised) const;
-  std::vector<int32_t> PromisedBlocks() const;
-  void Run(Sequence* sequence, int32_t rank);  // a sequence that is in waiting_ no more
-  void AddShare(Sequence* sequence, int32_t num_tokens, int32_t* budget);
+  void Run(Sequence* sequence, int32_t rank);  // one that is in waiting_ no more
+  // Takes a running sequence's next tokens into the step. REQUIRES: there is room for them.
+  void AddShare(Sequence* sequence, int32_t num_tokens);
 
   absl::Status CheckResult(const StepPlan& plan, const StepResult& result) const;
   void Suspend(Sequence* sequence);  // into waiting_, nothing computed; the caller tends running_
@@ -149,6 +152,7 @@ class Scheduler {
 
   int64_t next_step_ = 0;
   bool in_step_ = false;
+  int32_t budget_ = 0;  // tokens that the step being planned has left
   std::vector<Share> shares_;
   std::vector<SequenceEvent> started_;
 

@@ -71,7 +71,7 @@ class Sequence {
   // Aborts unless the invariants of one sequence hold; for tests.
   void CheckInvariants() const;
 
-  // The scheduler's notes.
+  // The scheduler's notes; nothing here acts on them.
   bool running = false;
   bool started = false;    // was admitted at least once
   bool scheduled = false;  // is in the plan of the step under way

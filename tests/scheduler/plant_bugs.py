@@ -1,6 +1,6 @@
 """Makes a copy of the scheduler's sources into which bugs are built, to be switched on one by one.
 
-    plant_bugs.py SCHEDULER_DIR OUTPUT_DIR
+    plant_bugs.py OUTPUT_DIR SOURCE...
 
 Each bug is one or more edits: a piece of text that occurs exactly once in a file, and what to put in
 its place, where BUG stands for "this bug is switched on". A piece that is not found fails the build:
@@ -8,7 +8,6 @@ whoever changes the scheduler changes the bug too. planted_bugs.h lists the name
 """
 
 import pathlib
-import shutil
 import sys
 
 BUGS = {
@@ -83,7 +82,7 @@ BUGS = {
         ("scheduler.cc", "    shares_.erase(share);", "    if (!BUG) shares_.erase(share);"),
     ],
     "the budget is not charged": [
-        ("scheduler.cc", "  *budget -= num_tokens;", "  if (!BUG) *budget -= num_tokens;"),
+        ("scheduler.cc", "  budget_ -= num_tokens;", "  if (!BUG) budget_ -= num_tokens;"),
     ],
     "max_running is not kept": [
         ("scheduler.cc", "num_running() < max_running_) {", "num_running() < max_running_ + BUG) {"),
@@ -115,11 +114,10 @@ BUGS = {
 
 
 def main() -> None:
-    source, output = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
+    output, sources = pathlib.Path(sys.argv[1]), [pathlib.Path(p) for p in sys.argv[2:]]
     folder = output / "scheduler"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    texts = {p.name: p.read_text() for p in sorted(source.iterdir()) if p.suffix in (".h", ".cc")}
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {source.name: source.read_text() for source in sources}
     for number, (name, edits) in enumerate(BUGS.items()):
         for file, old, new in edits:
             if texts[file].count(old) != 1:

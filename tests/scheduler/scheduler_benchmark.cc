@@ -1,11 +1,19 @@
 // What the scheduler costs on the host: build/tests/scheduler/scheduler_benchmark
 #include <benchmark/benchmark.h>
+#include <time.h>
 
+#include <atomic>
 #include <chrono>
 #include <random>
+#include <utility>
+#include <vector>
 
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
 #include "engine/status.h"
+#include "scheduler/engine_core.h"
 #include "scheduler/scheduler.h"
+#include "tests/scheduler/fake_engine.h"
 
 namespace latentd {
 namespace {
@@ -38,6 +46,12 @@ StepResult Answer(const StepPlan& plan) {
     if (step.sample) result.sampled.push_back(static_cast<TokenId>((plan.step + step.id) % 1000));
   }
   return result;
+}
+
+absl::Duration ProcessCpu() {
+  timespec time;
+  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &time);
+  return absl::DurationFromTimespec(time);
 }
 
 double Seconds(std::chrono::steady_clock::duration duration) {
@@ -116,6 +130,33 @@ void BM_CachedPrompt(benchmark::State& state) {
   }
 }
 BENCHMARK(BM_CachedPrompt)->Arg(4000)->Arg(60000)->Unit(benchmark::kMicrosecond);
+
+// All of EngineCore and the zero-compute engine, in CPU time of the process, per token:
+// state.range(0) requests at once, 100 tokens each, from Submit to the last event.
+void BM_CoreToken(benchmark::State& state) {
+  FakeEngine engine({.info = BigEngine(), .zero_compute = true});
+  const int num_requests = static_cast<int>(state.range(0));
+  constexpr int kTokensEach = 100;
+  std::atomic<int64_t> num_finished = 0;
+  EngineCore core({.max_running = 4096, .max_waiting = 4096}, &engine,
+                  {.on_events = [&](std::vector<SequenceEvent> events) {
+                    for (const SequenceEvent& event : events) {
+                      num_finished += event.finish != FinishReason::kNone;
+                    }
+                  }});
+  RequestId id = 0;
+  for (auto _ : state) {
+    std::vector<Request> requests;
+    for (int i = 0; i < num_requests; ++i) requests.push_back(MakeRequest(++id, 200, kTokensEach));
+    num_finished = 0;
+    const absl::Duration start = ProcessCpu();
+    for (Request& request : requests) LATENTD_CHECK(core.Submit(std::move(request)).ok());
+    while (num_finished < num_requests) absl::SleepFor(absl::Milliseconds(1));
+    state.SetIterationTime(absl::ToDoubleSeconds(ProcessCpu() - start) /
+                           (num_requests * kTokensEach));
+  }
+}
+BENCHMARK(BM_CoreToken)->Arg(1)->Arg(256)->Arg(2048)->UseManualTime()->Iterations(10);
 
 void BM_HashBlock(benchmark::State& state) {
   const std::vector<TokenId> tokens(kBlockSize, 1);
