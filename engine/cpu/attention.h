@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "absl/types/span.h"
+#include "engine/cpu/aligned.h"
 #include "engine/cpu/kernels.h"
 #include "engine/cpu/thread_pool.h"
 #include "engine/model/config.h"
@@ -87,10 +88,10 @@ class Attention {
     float* out;  // [kAttentionRows, value_dim]
   };
   struct Scratch {
-    float scores[kAttentionRows * kAttentionKeys];
+    alignas(64) float scores[kAttentionRows * kAttentionKeys];
     Partial segment;
     Partial total;
-    std::vector<float> storage;
+    AlignedVector<float> storage;
   };
 
   void MakeTiles(absl::Span<const AttentionSpan> spans);
@@ -108,7 +109,7 @@ class Attention {
   std::vector<Tile> tiles_;
   std::vector<int64_t> first_segments_;  // [tiles] in the list of all segments
   std::vector<Partial> partials_;        // [all segments], when computed apart
-  std::vector<float> partial_storage_;
+  AlignedVector<float> partial_storage_;
 };
 
 }  // namespace latentd

@@ -8,6 +8,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "engine/cpu/aligned.h"
 #include "engine/cpu/attention.h"
 #include "engine/cpu/cpu_model.h"
 #include "engine/cpu/forward.h"
@@ -127,7 +128,7 @@ class CpuEngineImpl : public CpuEngine {
   LatentCache cache_;
   Forward forward_;
   PlanCheck plan_check_;
-  std::vector<float> logits_;      // [kLogitRows, vocab_size]
+  AlignedVector<float> logits_;    // [kLogitRows, vocab_size]
   std::vector<Sampler> samplers_;  // [threads]
 };
 

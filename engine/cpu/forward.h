@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "absl/types/span.h"
+#include "engine/cpu/aligned.h"
 #include "engine/cpu/attention.h"
 #include "engine/cpu/cpu_model.h"
 #include "engine/cpu/gemm.h"
@@ -61,16 +62,16 @@ class Forward {
   const ptrdiff_t kv_a_stride_;       // latent_dim
   const ptrdiff_t attention_stride_;  // num_heads * v_head_dim
 
-  std::vector<float> hidden_;         // [max_step_tokens, hidden_size] residual stream
-  std::vector<float> x_;              // [tile, x_stride] normalised
-  std::vector<float> q_a_;            // [tile, q_a_stride]
-  std::vector<float> q_;              // [tile, q_stride]
-  std::vector<float> kv_a_;           // [tile, kv_a_stride]
-  std::vector<float> latent_q_;       // [tile, num_heads, cache dim]
-  std::vector<float> latent_out_;     // [tile, num_heads, cache value_dim]
-  std::vector<float> attention_out_;  // [tile, attention_stride]
-  std::vector<float> block_out_;      // [tile, hidden_size] of o_proj or the MLP
-  std::vector<float> last_;           // [rows, x_stride] of Logits
+  AlignedVector<float> hidden_;         // [max_step_tokens, hidden_size] residual stream
+  AlignedVector<float> x_;              // [tile, x_stride] normalised
+  AlignedVector<float> q_a_;            // [tile, q_a_stride]
+  AlignedVector<float> q_;              // [tile, q_stride]
+  AlignedVector<float> kv_a_;           // [tile, kv_a_stride]
+  AlignedVector<float> latent_q_;       // [tile, num_heads, cache dim]
+  AlignedVector<float> latent_out_;     // [tile, num_heads, cache value_dim]
+  AlignedVector<float> attention_out_;  // [tile, attention_stride]
+  AlignedVector<float> block_out_;      // [tile, hidden_size] of o_proj or the MLP
+  AlignedVector<float> last_;           // [rows, x_stride] of Logits
 
   // Of the step's tokens.
   struct Token {

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "absl/types/span.h"
+#include "engine/cpu/aligned.h"
 #include "engine/cpu/kernels.h"
 #include "engine/cpu/packed_matrix.h"
 #include "engine/cpu/thread_pool.h"
@@ -44,7 +45,7 @@ class Gemm {
 
   const Kernels& kernels_;
   ThreadPool& pool_;
-  std::vector<uint16_t> split_;        // the inputs as Kernels::split_rows writes them
+  AlignedVector<uint16_t> split_;      // the inputs as Kernels::split_rows writes them
   std::vector<size_t> split_offsets_;  // [inputs] elements into split_
   std::vector<int64_t> first_tasks_;   // [jobs + 1]
 };

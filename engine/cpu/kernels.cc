@@ -1,6 +1,9 @@
 #include "engine/cpu/kernels.h"
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -20,12 +23,13 @@ bool AmxPermitted() {
 #endif
 }
 
-// CPUID leaf 7: EDX bit 22 is AMX-BF16, bit 24 AMX-TILE. Not every compiler's
-// __builtin_cpu_supports knows their names.
+// CPUID leaf 7.0: EDX bit 22 is AMX-BF16, bit 24 AMX-TILE; leaf 7.1: EAX bit 5 is AVX512-BF16. Not
+// every compiler's __builtin_cpu_supports knows their names.
 bool CpuHasAmx() {
-  unsigned eax = 7, ebx = 0, ecx = 0, edx = 0;
-  __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
-  return (edx >> 22 & 1) != 0 && (edx >> 24 & 1) != 0;
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  const bool amx = (edx >> 22 & 1) != 0 && (edx >> 24 & 1) != 0;
+  return amx && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 5 & 1) != 0;
 }
 #endif
 

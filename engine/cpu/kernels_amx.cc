@@ -19,6 +19,7 @@ namespace {
 constexpr int kTileRows = 3 * kSplitTokens;        // of a split tile
 constexpr int kTileElements = kTileRows * 32;      // bf16 of one split tile and 32 of k
 constexpr int kPanelStrideBytes = kPanelCols * 4;  // of a pair of k
+constexpr int kPartK = 256;                        // k of a panel that is worked on together
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1;
@@ -69,68 +70,78 @@ void MultiplyTiles(const uint16_t* tokens0, const uint16_t* tokens1, const uint1
   }
 }
 
-// The rows of up to two token tiles: out[rows, cols].
+// Adds k in [begin, end) to the sums of up to two token tiles. `partial` [rows, 32] holds the sums
+// of what lies before; those of the last part go to a.out.
 template <bool kTwo>
-void GemmTiles(const GemmPanelArgs& a, int first_row, int rows) {
+void GemmTiles(const GemmPanelArgs& a, int first_row, int rows, int begin, int end,
+               float* partial) {
   alignas(64) float sums[2 * kTileRows * kPanelCols];
-  __m512 total[2 * kSplitTokens][2];
   const ptrdiff_t tile_stride = static_cast<ptrdiff_t>(a.k / 32) * kTileElements;
   const uint16_t* tokens0 = a.split + first_row / kSplitTokens * tile_stride;
-  for (int begin = 0; begin < a.k; begin += a.group) {
-    const int end = begin + a.group < a.k ? begin + a.group : a.k;
-    MultiplyTiles<kTwo>(tokens0, tokens0 + tile_stride, a.panel_bf16, begin, end, sums);
+  __m512 total[2 * kSplitTokens][2];
+  for (int r = 0; r < rows; ++r) {
+    for (int j = 0; j < 2; ++j) {
+      total[r][j] =
+          begin == 0 ? _mm512_setzero_ps() : _mm512_load_ps(partial + r * kPanelCols + 16 * j);
+    }
+  }
+  for (int group = begin; group < end; group += a.group) {
+    const int group_end = group + a.group < end ? group + a.group : end;
+    MultiplyTiles<kTwo>(tokens0, tokens0 + tile_stride, a.panel_bf16, group, group_end, sums);
     for (int r = 0; r < rows; ++r) {
       for (int j = 0; j < 2; ++j) {
         const float* s = sums + 3 * r * kPanelCols + 16 * j;
-        __m512 sum =
+        __m512 low =
             _mm512_add_ps(_mm512_load_ps(s + kPanelCols), _mm512_load_ps(s + 2 * kPanelCols));
-        sum = _mm512_add_ps(_mm512_load_ps(s), sum);
+        __m512 sum = _mm512_add_ps(_mm512_load_ps(s), low);
         if (a.scales != nullptr) {
-          __m512 scale = _mm512_loadu_ps(a.scales + begin / a.group * kPanelCols + 16 * j);
-          sum = begin == 0 ? _mm512_mul_ps(scale, sum) : _mm512_fmadd_ps(scale, sum, total[r][j]);
+          __m512 scale = _mm512_loadu_ps(a.scales + group / a.group * kPanelCols + 16 * j);
+          total[r][j] = _mm512_fmadd_ps(scale, sum, total[r][j]);
+        } else {
+          total[r][j] = _mm512_add_ps(sum, total[r][j]);
         }
-        total[r][j] = sum;
       }
     }
   }
   for (int r = 0; r < rows; ++r) {
     float* out = a.out + (first_row + r) * a.out_stride;
-    if (a.cols == kPanelCols) {
+    if (end == a.k && a.cols == kPanelCols) {
       _mm512_storeu_ps(out, total[r][0]);
       _mm512_storeu_ps(out + 16, total[r][1]);
-    } else {
-      alignas(64) float row[kPanelCols];
-      _mm512_store_ps(row, total[r][0]);
-      _mm512_store_ps(row + 16, total[r][1]);
-      std::memcpy(out, row, sizeof(float) * a.cols);
+      continue;
     }
+    _mm512_store_ps(partial + r * kPanelCols, total[r][0]);
+    _mm512_store_ps(partial + r * kPanelCols + 16, total[r][1]);
+    if (end == a.k) std::memcpy(out, partial + r * kPanelCols, sizeof(float) * a.cols);
   }
 }
 
 void GemmPanel(const GemmPanelArgs& a) {
   if (a.panel_bf16 == nullptr) return KernelsImpl<VecAvx512>::GemmPanel(a);
-  int row = 0;
-  if (a.rows >= 2 * kSplitTokens) {
-    ConfigureTiles(kTileRows, kTileRows);
-    for (; a.rows - row >= 2 * kSplitTokens; row += 2 * kSplitTokens) {
-      GemmTiles<true>(a, row, 2 * kSplitTokens);
+  alignas(64) float partial[kMaxGemmRows * kPanelCols];
+  // A part of the panel stays in the first cache while all token tiles go by: 16 KB of it, in whole
+  // groups.
+  const int part = a.group >= kPartK ? kPartK : kPartK / a.group * a.group;
+  const int full_rows = a.rows / (2 * kSplitTokens) * (2 * kSplitTokens);
+  const int rest = a.rows - full_rows;
+  for (int begin = 0; begin < a.k;) {
+    int end = begin + part < a.k ? begin + part : a.k;
+    const int group_end = (begin / a.group + 1) * a.group;
+    if (a.group > kPartK && end > group_end) end = group_end;
+    if (full_rows > 0) ConfigureTiles(kTileRows, kTileRows);
+    for (int row = 0; row < full_rows; row += 2 * kSplitTokens) {
+      GemmTiles<true>(a, row, 2 * kSplitTokens, begin, end, partial + row * kPanelCols);
     }
-  }
-  if (const int rows = a.rows - row; rows > kSplitTokens) {
-    ConfigureTiles(kTileRows, 3 * (rows - kSplitTokens));
-    GemmTiles<true>(a, row, rows);
-  } else if (rows > 0) {
-    ConfigureTiles(3 * rows, 3 * rows);
-    GemmTiles<false>(a, row, rows);
+    if (rest > kSplitTokens) {
+      ConfigureTiles(kTileRows, 3 * (rest - kSplitTokens));
+      GemmTiles<true>(a, full_rows, rest, begin, end, partial + full_rows * kPanelCols);
+    } else if (rest > 0) {
+      ConfigureTiles(3 * rest, 3 * rest);
+      GemmTiles<false>(a, full_rows, rest, begin, end, partial + full_rows * kPanelCols);
+    }
+    begin = end;
   }
   _tile_release();
-}
-
-// bf16 of x, round to nearest even; x is finite or the result is of no use anyway.
-inline __m512i RoundToBf16(__m512i bits) {
-  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  return _mm512_and_si512(rounded, _mm512_set1_epi32(-65536));
 }
 
 void SplitRows(const float* x, ptrdiff_t x_stride, int rows, int k, int begin_tile, int end_tile,
@@ -143,10 +154,10 @@ void SplitRows(const float* x, ptrdiff_t x_stride, int rows, int k, int begin_ti
         __m512 rest = _mm512_loadu_ps(row + c);
         uint16_t* out = split + tile * tile_stride + c / 32 * kTileElements + 3 * i * 32 + c % 32;
         for (int term = 0; term < 3; ++term) {
-          __m512i bits = RoundToBf16(_mm512_castps_si512(rest));
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + term * 32),
-                              _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
-          rest = _mm512_sub_ps(rest, _mm512_castsi512_ps(bits));
+          __m256i bits = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(rest));
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + term * 32), bits);
+          __m512i value = _mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+          rest = _mm512_sub_ps(rest, _mm512_castsi512_ps(value));
         }
       }
     }

@@ -172,13 +172,19 @@ struct KernelsImpl {
 
   // ---- attention -----------------------------------------------------------------------------
 
-  // scores[R, 4] of R rows and four keys: dot products over `dim`, lane by lane, then across lanes.
-  template <int R>
-  static void ScoreTile(const float* q, const float* keys, int dim, float* scores) {
+  // DeepSeek-V3's dim, 512 + 64, is known to the compiler (kDim), which spares the inner loops most
+  // of their address arithmetic; other dims come at run time (kDim 0).
+
+  // scores[R, 4] of R rows and four keys: dot products over the dim, lane by lane, then across
+  // lanes.
+  template <int R, int kDim>
+  static void ScoreTile(const float* q, const float* keys, int any_dim, float* scores) {
+    const int dim = kDim > 0 ? kDim : any_dim;
     V acc[R][4];
     for (int r = 0; r < R; ++r) {
       for (int t = 0; t < 4; ++t) acc[r][t] = V::Zero();
     }
+#pragma GCC unroll 2
     for (int i = 0; i < dim; i += V::kWidth) {
       V key[4];
 #pragma GCC unroll 4
@@ -195,13 +201,16 @@ struct KernelsImpl {
     }
   }
 
-  template <int R>
-  static void ScoreRows(int rows, const float* q, const float* keys, int num_keys, int dim,
+  template <int R, int kDim>
+  static void ScoreRows(int rows, const float* q, const float* keys, int num_keys, int any_dim,
                         float* scores) {
     if constexpr (R > 1) {
-      if (rows < R) return ScoreRows<R - 1>(rows, q, keys, num_keys, dim, scores);
+      if (rows < R) return ScoreRows<R - 1, kDim>(rows, q, keys, num_keys, any_dim, scores);
     }
-    for (int t = 0; t < num_keys; t += 4) ScoreTile<R>(q, keys + t * dim, dim, scores + t);
+    const int dim = kDim > 0 ? kDim : any_dim;
+    for (int t = 0; t < num_keys; t += 4) {
+      ScoreTile<R, kDim>(q, keys + t * dim, dim, scores + t);
+    }
   }
 
   // One row's softmax step; `scores` become exp(score - max), and 0 for keys it may not see.
@@ -232,10 +241,12 @@ struct KernelsImpl {
     return factor;
   }
 
-  // out[R, C vectors] = out * factor + p[R, num_keys] values[num_keys, C vectors].
-  template <int R, int C>
+  // out[R, C vectors] = out * factor + p[R, num_keys] values[num_keys, C vectors]. Prefetches what
+  // lies `ahead` of the values.
+  template <int R, int C, int kDim>
   static void ValueTile(const float* p, const float* factors, const float* values, int num_keys,
-                        int dim, float* out, int value_dim) {
+                        int any_dim, float* out, int value_dim, int ahead) {
+    const int dim = kDim > 0 ? kDim : any_dim;
     V acc[R][C];
     for (int r = 0; r < R; ++r) {
       V factor = V::Set(factors[r]);
@@ -243,10 +254,13 @@ struct KernelsImpl {
         acc[r][c] = V::Load(out + r * value_dim + c * V::kWidth) * factor;
       }
     }
+#pragma GCC unroll 2
     for (int t = 0; t < num_keys; ++t) {
+      const float* row = values + t * dim;
       V value[C];
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) value[c] = V::Load(values + t * dim + c * V::kWidth);
+      for (int c = 0; c < C; ++c) value[c] = V::Load(row + c * V::kWidth);
+      if constexpr (R > 2) __builtin_prefetch(row + ahead);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         V a = V::Set(p[r * kAttentionKeys + t]);
@@ -259,36 +273,40 @@ struct KernelsImpl {
     }
   }
 
-  template <int R, int C>
+  template <int R, int C, int kDim>
   static void ValueRows(int rows, const float* p, const float* factors, const float* values,
-                        int num_keys, int dim, float* out, int value_dim) {
+                        int num_keys, int dim, float* out, int value_dim, int ahead) {
     if constexpr (R > 1) {
       if (rows < R) {
-        return ValueRows<R - 1, C>(rows, p, factors, values, num_keys, dim, out, value_dim);
+        return ValueRows<R - 1, C, kDim>(rows, p, factors, values, num_keys, dim, out, value_dim,
+                                         ahead);
       }
     }
-    ValueTile<R, C>(p, factors, values, num_keys, dim, out, value_dim);
+    ValueTile<R, C, kDim>(p, factors, values, num_keys, dim, out, value_dim, ahead);
   }
 
-  // Every tile of rows over C vectors of columns; the columns' values stay in the first cache.
-  template <int C>
+  // Every tile of rows over C vectors of columns; the columns' values stay in the first cache, and
+  // the next columns' are fetched into it, a line of each key per tile.
+  template <int C, int kDim>
   static void ValueColumns(const AttendBlockArgs& a, const float* factors, int num_keys,
                            int column) {
     for (int r = 0; r < a.rows; r += V::kValueRows) {
       const int rows = a.rows - r < V::kValueRows ? a.rows - r : V::kValueRows;
-      ValueRows<V::kValueRows, C>(
-          rows, a.scores + r * kAttentionKeys, factors + r, a.keys + column, num_keys, a.dim,
-          a.out + static_cast<ptrdiff_t>(r) * a.value_dim + column, a.value_dim);
+      ValueRows<V::kValueRows, C, kDim>(rows, a.scores + r * kAttentionKeys, factors + r,
+                                        a.keys + column, num_keys, a.dim,
+                                        a.out + static_cast<ptrdiff_t>(r) * a.value_dim + column,
+                                        a.value_dim, (C + r / V::kValueRows % C) * V::kWidth);
     }
   }
 
-  static void AttendBlock(const AttendBlockArgs& a) {
+  template <int kDim>
+  static void AttendBlockOfDim(const AttendBlockArgs& a) {
     int num_keys = 0;
     for (int r = 0; r < a.rows; ++r) num_keys = a.valid[r] > num_keys ? a.valid[r] : num_keys;
     for (int r = 0; r < a.rows; r += V::kScoreRows) {
       const int rows = a.rows - r < V::kScoreRows ? a.rows - r : V::kScoreRows;
-      ScoreRows<V::kScoreRows>(rows, a.q + static_cast<ptrdiff_t>(r) * a.dim, a.keys, num_keys,
-                               a.dim, a.scores + r * kAttentionKeys);
+      ScoreRows<V::kScoreRows, kDim>(rows, a.q + static_cast<ptrdiff_t>(r) * a.dim, a.keys,
+                                     num_keys, a.dim, a.scores + r * kAttentionKeys);
     }
     float factors[kAttentionRows];
     for (int r = 0; r < a.rows; ++r) {
@@ -297,9 +315,19 @@ struct KernelsImpl {
     constexpr int kWide = V::kValueVecs * V::kWidth;
     int column = 0;
     for (; column + kWide <= a.value_dim; column += kWide) {
-      ValueColumns<V::kValueVecs>(a, factors, num_keys, column);
+      ValueColumns<V::kValueVecs, kDim>(a, factors, num_keys, column);
     }
-    for (; column < a.value_dim; column += V::kWidth) ValueColumns<1>(a, factors, num_keys, column);
+    for (; column < a.value_dim; column += V::kWidth) {
+      ValueColumns<1, kDim>(a, factors, num_keys, column);
+    }
+  }
+
+  static void AttendBlock(const AttendBlockArgs& a) {
+    if (a.dim == 576) {
+      AttendBlockOfDim<576>(a);
+    } else {
+      AttendBlockOfDim<0>(a);
+    }
   }
 
   static void Merge(float part_max, float part_sum, const float* part, int value_dim, float* max,

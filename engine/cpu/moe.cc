@@ -12,8 +12,8 @@ namespace {
 ptrdiff_t Padded(int k) { return (k + kRowPadding - 1) / kRowPadding * kRowPadding; }
 
 // Grows only: pads keep their zeros, and no step allocates once the largest has been seen.
-template <typename T>
-void Grow(std::vector<T>& buffer, size_t size) {
+template <typename Vector>
+void Grow(Vector& buffer, size_t size) {
   if (buffer.size() < size) buffer.resize(size);
 }
 

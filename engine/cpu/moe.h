@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "engine/cpu/aligned.h"
 #include "engine/cpu/cpu_model.h"
 #include "engine/cpu/gemm.h"
 #include "engine/cpu/trace_sink.h"
@@ -45,15 +46,16 @@ class Moe {
   Gemm& gemm_;
 
   // Scratch; an assignment is a (token, expert) pair, and they are kept expert by expert.
-  std::vector<float> scores_;       // [rows, n_routed_experts]
-  std::vector<int32_t> experts_;    // [rows, num_experts_per_tok]
-  std::vector<float> weights_;      // [rows, num_experts_per_tok]
-  std::vector<int32_t> places_;     // [rows, num_experts_per_tok] index of the assignment
-  std::vector<int32_t> first_;      // [n_routed_experts + 1] first assignment of each expert
-  std::vector<float> gathered_;     // [assignments, x_stride]
-  std::vector<float> gate_up_;      // [assignments, 2 * width], then [rows, 2 * shared width]
-  std::vector<float> activations_;  // [assignments, padded width], then [rows, padded shared width]
-  std::vector<float> outputs_;      // [assignments, hidden_size]
+  AlignedVector<float> scores_;    // [rows, n_routed_experts]
+  std::vector<int32_t> experts_;   // [rows, num_experts_per_tok]
+  AlignedVector<float> weights_;   // [rows, num_experts_per_tok]
+  std::vector<int32_t> places_;    // [rows, num_experts_per_tok] index of the assignment
+  std::vector<int32_t> first_;     // [n_routed_experts + 1] first assignment of each expert
+  AlignedVector<float> gathered_;  // [assignments, x_stride]
+  AlignedVector<float> gate_up_;   // [assignments, 2 * width], then [rows, 2 * shared width]
+  AlignedVector<float>
+      activations_;               // [assignments, padded width], then [rows, padded shared width]
+  AlignedVector<float> outputs_;  // [assignments, hidden_size]
   std::vector<GemmInput> inputs_;
   std::vector<GemmJob> jobs_;
 };

@@ -10,8 +10,8 @@ namespace latentd {
 // Eight floats with FMA. Meanings as in vec_portable.h.
 struct VecAvx2 {
   static constexpr int kWidth = 8;
-  static constexpr int kGemmRows = 3;  // 12 of 16 registers
-  static constexpr int kScoreRows = 2;
+  static constexpr int kGemmRows = 3;   // 12 of 16 registers
+  static constexpr int kScoreRows = 2;  // x 4 keys
   static constexpr int kValueRows = 3;
   static constexpr int kValueVecs = 4;
 

@@ -11,7 +11,7 @@ namespace latentd {
 struct VecAvx512 {
   static constexpr int kWidth = 16;
   static constexpr int kGemmRows = 12;  // 24 of 32 registers
-  static constexpr int kScoreRows = 6;
+  static constexpr int kScoreRows = 6;  // x 4 keys
   static constexpr int kValueRows = 6;
   static constexpr int kValueVecs = 4;
 

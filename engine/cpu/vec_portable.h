@@ -14,7 +14,7 @@ struct VecPortable {
 
   static constexpr int kWidth = 4;
   static constexpr int kGemmRows = 1;   // rows of a GEMM tile: 8 accumulators
-  static constexpr int kScoreRows = 2;  // rows x 4 keys of an attention score tile
+  static constexpr int kScoreRows = 2;  // x 4 keys
   static constexpr int kValueRows = 2;  // rows x kValueVecs of an attention value tile
   static constexpr int kValueVecs = 4;
 
