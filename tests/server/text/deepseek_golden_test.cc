@@ -1,5 +1,6 @@
-// DeepSeek's own tokenizers and templates against what Transformers made of them. The tokenizers are too
-// big for the project: without LATENTD_DEEPSEEK_TOKENIZERS these tests report themselves as skipped.
+// DeepSeek's own tokenizers and templates against what Transformers made of them. The tokenizers
+// are too big for the project: without LATENTD_DEEPSEEK_TOKENIZERS these tests report themselves as
+// skipped.
 
 #include <set>
 #include <string>
@@ -14,7 +15,8 @@ namespace {
 
 // Where we differ from Transformers on purpose: (kind of case, template).
 const std::set<std::pair<std::string, std::string>> kExceptions = {
-    // R1's template iterates over tool_calls where the key is present. Null makes Transformers raise, an
+    // R1's template iterates over tool_calls where the key is present. Null makes Transformers
+    // raise, an
     // empty list makes it drop the content; we drop the key before rendering.
     {"tool_calls_null", "r1"},
     {"tool_calls_empty", "r1"},
@@ -60,7 +62,8 @@ TEST_F(DeepSeekGoldenTest, Streaming) {
   }
 }
 
-// Compares what `tokenizer` and each template make of all conversations; `ids_key` falls back to "ids".
+// Compares what `tokenizer` and each template make of all conversations; `ids_key` falls back to
+// "ids".
 void CheckChats(const std::shared_ptr<const Tokenizer>& tokenizer, const std::string& ids_key) {
   const Json cases = ReadJson(std::string(kGolden) + "chat.json")["cases"];
   ASSERT_EQ(cases.size(), 115);
@@ -101,8 +104,8 @@ TEST_F(DeepSeekGoldenTest, ChatWithR1Tokenizer) {
   const Json cases = ReadJson(std::string(kGolden) + "chat.json")["cases"];
   int num_compared = 0;
   for (const std::string name : {"r1", "r1_distill", "v31"}) {
-    const auto chat_template = MustCompile(
-        ReadText(std::string(kGolden) + "templates/deepseek_" + name + ".jinja"), r1_);
+    const auto chat_template =
+        MustCompile(ReadText(std::string(kGolden) + "templates/deepseek_" + name + ".jinja"), r1_);
     for (const Json& c : cases) {
       const Json& want = c["results"][name];
       if (want.contains("error") || kExceptions.contains({c["kind"], name})) continue;

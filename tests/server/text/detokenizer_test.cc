@@ -64,7 +64,8 @@ TEST(DetokenizerTest, PiecesAndFlushAreTheDecodedWhole) {
     // Mostly single bytes: most sequences of them are no UTF-8.
     std::vector<int32_t> ids(random() % 40);
     for (int32_t& id : ids) {
-      id = random() % 4 == 0 ? static_cast<int32_t>(random() % 5000) : static_cast<int32_t>(random() % 260);
+      id = random() % 4 == 0 ? static_cast<int32_t>(random() % 5000)
+                             : static_cast<int32_t>(random() % 260);
     }
     Detokenizer detokenizer(DemoTokenizer(), skip);
     std::string text;
@@ -88,9 +89,9 @@ TEST(Utf8Test, ReplacesMaximalParts) {
        std::string("a") + kReplacement + "b"},
       {"\xE4\xB8"
        "a",
-       std::string(kReplacement) + "a"},                              // a cut character is one
-      {"\xF0\x9F\x98", kReplacement},                                 // so at the end
-      {"\xC0\x80", std::string(kReplacement) + kReplacement},         // overlong
+       std::string(kReplacement) + "a"},                       // a cut character is one
+      {"\xF0\x9F\x98", kReplacement},                          // so at the end
+      {"\xC0\x80", std::string(kReplacement) + kReplacement},  // overlong
       {"\xED\xA0\x80", std::string(kReplacement) + kReplacement + kReplacement},  // surrogate
       {"\xF4\x90\x80\x80",
        std::string(kReplacement) + kReplacement + kReplacement + kReplacement},  // > U+10FFFF

@@ -93,9 +93,11 @@ TEST(StopMatcherTest, AgreesWithTheNaiveSearchHoweverTheTextIsCut) {
       // Nothing lost, nothing held that cannot become a stop string.
       ASSERT_TRUE(seen.starts_with(given));
       const std::string held = seen.substr(given.size());
-      ASSERT_TRUE(held.empty() || std::any_of(stops.begin(), stops.end(), [&](const std::string& stop) {
-                    return stop.size() > held.size() && stop.starts_with(held);
-                  }))
+      ASSERT_TRUE(held.empty() || std::any_of(stops.begin(), stops.end(),
+                                              [&](const std::string& stop) {
+                                                return stop.size() > held.size() &&
+                                                       stop.starts_with(held);
+                                              }))
           << held;
     }
     given += matcher.Flush();

@@ -1,5 +1,5 @@
-// Speed of the text layer, in CPU time of one thread. Run from the source root; the tokenizer is the
-// demo model's, or DeepSeek-V3's where LATENTD_DEEPSEEK_TOKENIZERS tells its folder.
+// Speed of the text layer, in CPU time of one thread. Run from the source root; the tokenizer is
+// the demo model's, or DeepSeek-V3's where LATENTD_DEEPSEEK_TOKENIZERS tells its folder.
 
 #include <string>
 #include <string_view>
@@ -27,7 +27,8 @@ const std::string& MixedText() {
   static const auto* const text = [] {
     auto* mixed = new std::string();
     std::string round;
-    for (const Json& c : ReadJson(std::string(kGolden) + "tokenizer.json")["cases"]) {
+    const Json cases = ReadJson(std::string(kGolden) + "tokenizer.json")["cases"];
+    for (const Json& c : cases) {
       const std::string kind = c["kind"];
       if (kind == "english" || kind == "code" || kind == "chinese" || kind == "japanese" ||
           kind == "mixed_script") {
@@ -86,8 +87,8 @@ void ReasoningToken(benchmark::State& state) {
 BENCHMARK(ReasoningToken);
 
 void RenderChat(benchmark::State& state) {
-  const auto chat_template =
-      MustCompile(ReadText(std::string(kGolden) + "templates/deepseek_r1.jinja"), BenchmarkTokenizer());
+  const auto chat_template = MustCompile(
+      ReadText(std::string(kGolden) + "templates/deepseek_r1.jinja"), BenchmarkTokenizer());
   ChatInput input;
   for (int64_t i = 0; i < state.range(0); ++i) {
     input.messages.push_back({{"role", i % 2 == 0 ? "user" : "assistant"},

@@ -32,8 +32,7 @@ std::string ReadText(const std::string& path) {
 Json ReadJson(const std::string& path) { return Json::parse(ReadText(path)); }
 
 std::shared_ptr<const Tokenizer> DemoTokenizer() {
-  static const auto* const tokenizer =
-      new std::shared_ptr<const Tokenizer>(MustLoad(kDemoModel));
+  static const auto* const tokenizer = new std::shared_ptr<const Tokenizer>(MustLoad(kDemoModel));
   return *tokenizer;
 }
 
