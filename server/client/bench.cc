@@ -28,8 +28,9 @@ constexpr int kLogEverySeconds = 10;
 // Asks what is served, and waits for a server that loads.
 grpc::Status GetModel(const BenchOptions& options, const Interrupts& interrupts, std::ostream& err,
                       v1::Model* model) {
-  const auto stub = v1::InferenceService::NewStub(MakeChannel(options.connection));
-  ServerWait wait(options.connection, interrupts, err);
+  const std::shared_ptr<grpc::Channel> channel = MakeChannel(options.connection);
+  const auto stub = v1::InferenceService::NewStub(channel);
+  ServerWait wait(options.connection, *channel, interrupts, err);
   while (true) {
     grpc::ClientContext context;
     context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(10));

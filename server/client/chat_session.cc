@@ -21,7 +21,8 @@ ChatSession::ChatSession(Options options, const Interrupts& interrupts, std::ost
       interrupts_(interrupts),
       out_(out),
       err_(err),
-      stub_(v1::InferenceService::NewStub(MakeChannel(options_.connection))) {}
+      channel_(MakeChannel(options_.connection)),
+      stub_(v1::InferenceService::NewStub(channel_)) {}
 
 int ChatSession::Say(std::string message) {
   // A message that got no answer is replaced: roles must take turns.
@@ -48,7 +49,7 @@ int ChatSession::Ask() {
   for (const v1::Message& turn : turns_) *request.add_messages() = turn;
 
   AnswerPrinter printer(options_.style, out_);
-  ServerWait wait(options_.connection, interrupts_, err_);
+  ServerWait wait(options_.connection, *channel_, interrupts_, err_);
   grpc::Status status;
   bool answered = false;
   absl::Time sent;

@@ -52,6 +52,7 @@ class ChatSession {
   const Interrupts& interrupts_;
   std::ostream& out_;
   std::ostream& err_;
+  const std::shared_ptr<grpc::Channel> channel_;
   const std::unique_ptr<v1::InferenceService::Stub> stub_;
   std::vector<v1::Message> turns_;  // user and assistant in turn; the last may be unanswered
 };

@@ -7,7 +7,6 @@
 
 #include "CLI/CLI.hpp"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_replace.h"
 #include "google/rpc/code.pb.h"
@@ -107,9 +106,10 @@ std::optional<absl::Duration> RetryDelay(const grpc::Status& status) {
          absl::Nanoseconds(info->retry_delay().nanos());
 }
 
-ServerWait::ServerWait(const ConnectionOptions& options, const Interrupts& interrupts,
-                       std::ostream& err)
+ServerWait::ServerWait(const ConnectionOptions& options, grpc::Channel& channel,
+                       const Interrupts& interrupts, std::ostream& err)
     : options_(options),
+      channel_(channel),
       interrupts_(interrupts),
       err_(err),
       end_(absl::Now() + absl::Seconds(options.wait_s.value_or(kDefaultWaitSeconds))) {}
@@ -121,13 +121,25 @@ bool ServerWait::TryAgain(const grpc::Status& status) {
   if (!delay && !options_.wait_s) return false;
   const absl::Time now = absl::Now();
   if (now >= end_) return false;
+  // gRPC's own words for a server that is not there change from try to try.
   const std::string notice =
-      absl::StrFormat("waiting for %s: %s", options_.target, OneLine(status.error_message()));
+      absl::StrCat("waiting for ", options_.target, ": ",
+                   delay ? OneLine(status.error_message()) : "it does not answer yet");
   if (notice != last_notice_) err_ << notice << std::endl;
   last_notice_ = notice;
-  const absl::Duration pause =
-      std::clamp(delay.value_or(kShortestRetry), kShortestRetry, kLongestRetry);
+  if (!delay) return WaitForConnection();
+  const absl::Duration pause = std::clamp(*delay, kShortestRetry, kLongestRetry);
   return !interrupts_.Sleep(std::min(pause, end_ - now));
+}
+
+// gRPC moves a connection forward only while somebody waits on the channel: with a sleep between
+// the tries it would be found open 5 s late.
+bool ServerWait::WaitForConnection() {
+  while (!interrupts_.pending() && absl::Now() < end_) {
+    const absl::Time next = std::min(end_, absl::Now() + kShortestRetry);
+    if (channel_.WaitForConnected(absl::ToChronoTime(next))) return true;
+  }
+  return false;
 }
 
 }  // namespace latentd

@@ -54,15 +54,20 @@ std::optional<absl::Duration> RetryDelay(const grpc::Status& status);
 // Decides whether a call that failed is worth another try, and waits for it.
 class ServerWait {
  public:
-  // The time to wait starts now. All three must outlive the object. Notices go to `err`.
-  ServerWait(const ConnectionOptions& options, const Interrupts& interrupts, std::ostream& err);
+  // The time to wait starts now. `channel` is the one that calls use. All four must outlive the
+  // object. Notices go to `err`.
+  ServerWait(const ConnectionOptions& options, grpc::Channel& channel, const Interrupts& interrupts,
+             std::ostream& err);
 
   // True: `status` says that the server is not ready yet, and the time to try again has come.
   // False: it is a final answer, the time is over, or Ctrl-C is pending.
   bool TryAgain(const grpc::Status& status);
 
  private:
+  bool WaitForConnection();
+
   const ConnectionOptions& options_;
+  grpc::Channel& channel_;
   const Interrupts& interrupts_;
   std::ostream& err_;
   const absl::Time end_;

@@ -61,13 +61,14 @@ TEST(ConnectionOptionsTest, RefusesByNameAndLimit) {
 
 class ServerWaitTest : public testing::Test {
  protected:
+  std::shared_ptr<grpc::Channel> channel_ = MakeChannel({.target = "127.0.0.1:1"});
   Interrupts interrupts_;
   std::ostringstream err_;
 };
 
 TEST_F(ServerWaitTest, WaitsAsTheServerAsks) {
   const ConnectionOptions options;
-  ServerWait wait(options, interrupts_, err_);
+  ServerWait wait(options, *channel_, interrupts_, err_);
   const absl::Time begin = absl::Now();
   EXPECT_TRUE(wait.TryAgain(LoadingStatus(250)));
   EXPECT_TRUE(wait.TryAgain(LoadingStatus(250)));
@@ -78,7 +79,7 @@ TEST_F(ServerWaitTest, WaitsAsTheServerAsks) {
 
 TEST_F(ServerWaitTest, EndsWithTheTime) {
   const ConnectionOptions options = {.wait_s = 0.3};
-  ServerWait wait(options, interrupts_, err_);
+  ServerWait wait(options, *channel_, interrupts_, err_);
   const absl::Time begin = absl::Now();
   EXPECT_TRUE(wait.TryAgain(LoadingStatus(60'000)));
   EXPECT_FALSE(wait.TryAgain(LoadingStatus(60'000)));
@@ -88,21 +89,55 @@ TEST_F(ServerWaitTest, EndsWithTheTime) {
 TEST_F(ServerWaitTest, NobodyThereIsFinalUnlessAskedToWait) {
   const grpc::Status refused(grpc::StatusCode::UNAVAILABLE, "connection refused");
   const ConnectionOptions by_default;
-  EXPECT_FALSE(ServerWait(by_default, interrupts_, err_).TryAgain(refused));
-  const ConnectionOptions asked = {.wait_s = 5};
-  EXPECT_TRUE(ServerWait(asked, interrupts_, err_).TryAgain(refused));
+  EXPECT_FALSE(ServerWait(by_default, *channel_, interrupts_, err_).TryAgain(refused));
+  const ConnectionOptions asked = {.wait_s = 0.3};
+  ServerWait wait(asked, *channel_, interrupts_, err_);
+  const absl::Time begin = absl::Now();
+  EXPECT_FALSE(wait.TryAgain(refused));
+  EXPECT_GE(absl::Now() - begin, absl::Milliseconds(300));
+  EXPECT_EQ(err_.str(), "waiting for 127.0.0.1:50051: it does not answer yet\n");
+}
+
+TEST_F(ServerWaitTest, NoticesSoonThatAServerHasCome) {
+  int port = 0;
+  {
+    const ScriptedServer first;  // to find a free port
+    port = std::stoi(first.target().substr(first.target().find(':') + 1));
+  }
+  const ConnectionOptions options = {.target = "127.0.0.1:" + std::to_string(port), .wait_s = 60};
+  const auto channel = MakeChannel(options);
+  const auto stub = v1::InferenceService::NewStub(channel);
+  const auto get_model = [&stub] {
+    grpc::ClientContext context;
+    v1::GetModelResponse response;
+    return stub->GetModel(&context, {}, &response);
+  };
+  const grpc::Status refused = get_model();
+  EXPECT_EQ(refused.error_code(), grpc::StatusCode::UNAVAILABLE);
+  std::unique_ptr<ScriptedServer> server;
+  absl::Time started;
+  std::thread later([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(300));
+    started = absl::Now();
+    server = std::make_unique<ScriptedServer>(port);
+  });
+  ServerWait wait(options, *channel, interrupts_, err_);
+  EXPECT_TRUE(wait.TryAgain(refused));
+  later.join();
+  EXPECT_LT(absl::Now() - started, absl::Seconds(3));
+  EXPECT_TRUE(get_model().ok());
 }
 
 TEST_F(ServerWaitTest, OtherErrorsAreFinal) {
   const ConnectionOptions options = {.wait_s = 5};
-  ServerWait wait(options, interrupts_, err_);
+  ServerWait wait(options, *channel_, interrupts_, err_);
   EXPECT_FALSE(wait.TryAgain({grpc::StatusCode::INVALID_ARGUMENT, "no"}));
   EXPECT_FALSE(wait.TryAgain({grpc::StatusCode::RESOURCE_EXHAUSTED, "queue is full"}));
 }
 
 TEST_F(ServerWaitTest, CtrlCEndsTheWait) {
   const ConnectionOptions options;
-  ServerWait wait(options, interrupts_, err_);
+  ServerWait wait(options, *channel_, interrupts_, err_);
   std::thread ctrl_c([] {
     std::this_thread::sleep_for(std::chrono::milliseconds(50));
     std::raise(SIGINT);
