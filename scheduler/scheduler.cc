@@ -172,38 +172,29 @@ void Scheduler::Preempt(Sequence* sequence) {
   std::erase(running_, sequence);
 }
 
+// With budget left, every running sequence has its blocks for all the tokens it has: what is free
+// now is spoken for by nobody.
 void Scheduler::AdmitWaiting() {
-  std::vector<int32_t> promised;
   while (budget_ > 0 && !waiting_.empty() && num_running() < max_running_) {
-    if (promised.empty()) promised = PromisedBlocks();
     Sequence* sequence = waiting_.begin()->second;
-    const int32_t rank = ChooseRank(sequence, promised);
+    const int32_t rank = ChooseRank(sequence);
     if (rank < 0) return;
     waiting_.erase(waiting_.begin());
     Run(sequence, rank);
     AddShare(sequence, std::min(sequence->num_tokens() - sequence->num_computed_tokens(), budget_));
-    promised[rank] += sequence->BlocksFor(sequence->num_tokens());
   }
 }
 
-std::vector<int32_t> Scheduler::PromisedBlocks() const {
-  std::vector<int32_t> promised(pools_.size());
-  for (const Sequence* sequence : running_) {
-    promised[sequence->dp_rank()] += sequence->BlocksFor(sequence->num_tokens());
-  }
-  return promised;
-}
-
-int32_t Scheduler::ChooseRank(Sequence* sequence, absl::Span<const int32_t> promised) const {
+int32_t Scheduler::ChooseRank(Sequence* sequence) const {
   int32_t best_rank = -1;
   int32_t most_room = std::numeric_limits<int32_t>::min();
   const int32_t num_blocks = sequence->BlocksFor(sequence->num_tokens());
   for (int32_t rank = 0; rank < static_cast<int32_t>(pools_.size()); ++rank) {
     const Sequence::PrefixHit hit = sequence->FindPrefix(pools_[rank]);
-    const int32_t num_available = pools_[rank].num_free() - promised[rank];
+    const int32_t num_free = pools_[rank].num_free();
     const int32_t num_to_compute = num_blocks - hit.num_blocks;
-    if (num_to_compute + hit.num_free_blocks > num_available) continue;
-    const int32_t room = num_available - num_to_compute;
+    if (num_to_compute + hit.num_free_blocks > num_free) continue;
+    const int32_t room = num_free - num_to_compute;
     if (room > most_room) {
       most_room = room;
       best_rank = rank;

@@ -124,10 +124,8 @@ class Scheduler {
   Sequence* FindVictim(int32_t dp_rank) const;
   void Preempt(Sequence* sequence);
 
-  // Of each rank, the blocks that its running sequences lack for the tokens they already have.
-  std::vector<int32_t> PromisedBlocks() const;
   // The rank with the most room for a waiting sequence, or -1 if it fits nowhere now.
-  int32_t ChooseRank(Sequence* sequence, absl::Span<const int32_t> promised) const;
+  int32_t ChooseRank(Sequence* sequence) const;
   void Run(Sequence* sequence, int32_t rank);  // one that is in waiting_ no more
   // Takes a running sequence's next tokens into the step. REQUIRES: there is room for them.
   void AddShare(Sequence* sequence, int32_t num_tokens);

@@ -119,6 +119,19 @@ TEST_F(BlockPoolTest, EmptyBlocksGoFirstThenTheLongestUnused) {
   EXPECT_EQ(Find(Content('a', one_two_)), -1);
 }
 
+TEST_F(BlockPoolTest, ABlockThatHoldsNothingGoesBeforeOlderOnesThatDo) {
+  const BlockId cached = Allocate();
+  const BlockId other = Allocate();
+  const BlockId empty = Allocate();
+  pool_.Cache(cached, Content('a', one_two_));
+  pool_.Cache(other, Content('b', three_four_));
+  Release({cached});
+  Release({other});
+  Release({empty});
+  EXPECT_EQ(Allocate(), empty);
+  EXPECT_EQ(Allocate(), cached);
+}
+
 TEST_F(BlockPoolTest, AHitMakesABlockRecent) {
   const BlockId first = Allocate();
   const BlockId second = Allocate();

@@ -108,7 +108,7 @@ BUGS = {
         ("scheduler.cc", "  for (Sequence* sequence : running_) Suspend(sequence);\n  running_.clear();", "  if (!BUG) {\n  for (Sequence* sequence : running_) Suspend(sequence);\n  running_.clear();\n  }"),
     ],
     "admission counts the free blocks of a hit twice": [
-        ("scheduler.cc", "if (num_to_compute + hit.num_free_blocks > num_available) continue;", "if (num_to_compute + (BUG ? 0 : hit.num_free_blocks) > num_available) continue;"),
+        ("scheduler.cc", "if (num_to_compute + hit.num_free_blocks > num_free) continue;", "if (num_to_compute + (BUG ? 0 : hit.num_free_blocks) > num_free) continue;"),
     ],
 }
 

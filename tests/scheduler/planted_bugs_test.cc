@@ -11,7 +11,8 @@
 namespace latentd {
 namespace {
 
-constexpr int64_t kNumSteps = 50'000;
+// As many as the property test's short form runs.
+constexpr int64_t kNumSteps = 100'000;
 
 TEST(PlantedBugsTest, WithoutABugNothingIsFound) {
   planted_bug = -1;

@@ -195,6 +195,10 @@ class World {
     Check(valid.ok(), valid.ToString());
     Check(static_cast<int32_t>(plan.tokens.size()) <= config_.max_step_tokens, "over the budget");
     Check(static_cast<int32_t>(plan.sequences.size()) <= config_.max_running, "over max_running");
+    const int32_t budget = std::min(config_.max_step_tokens, engine_->info().max_step_tokens);
+    Check(static_cast<int32_t>(plan.tokens.size()) == budget ||
+              static_cast<int32_t>(plan.sequences.size()) == scheduler_->num_running(),
+          "a running sequence gets nothing of what is left of the budget");
     for (const SequenceStep& sequence : plan.sequences) {
       Check(open_.contains(sequence.id), "a sequence in the plan that nobody wants");
     }

@@ -156,10 +156,11 @@ TEST_F(SchedulerTest, NobodyOvertakesTheNextInLine) {
   EXPECT_THAT(Ids(Step()), ElementsAre(2, 3));
 }
 
-TEST_F(SchedulerTest, TheRoomARunningPromptStillNeedsIsNotGivenAway) {
+TEST_F(SchedulerTest, NobodyTakesTheRoomOfAPromptUnderWay) {
   Make(SmallEngine(), {.max_step_tokens = 12});
   ASSERT_TRUE(Add(1, 24, 1).ok());  // 6 blocks, in two chunks
-  ASSERT_TRUE(Add(2, 12, 1).ok());  // 3 blocks: 5 are free after the first chunk, 2 not spoken for
+  ASSERT_TRUE(
+      Add(2, 12, 1).ok());  // 3 blocks: 5 are free after the first chunk, but 3 of them needed
   EXPECT_THAT(Ids(Step()), ElementsAre(1));
   EXPECT_EQ(scheduler_->num_free_blocks(), 5);
   EXPECT_THAT(Ids(Step()), ElementsAre(1));
@@ -212,7 +213,38 @@ TEST_F(PreemptionTest, AnOlderOneOfLowPriorityLosesItsShareOfTheStep) {
   EXPECT_THAT(plan.tokens, SizeIs(2));
 }
 
-TEST_F(PreemptionTest, NobodyIsAdmittedInThatStepAndThePreemptedIsNext) {
+TEST_F(SchedulerTest, TheShareOfThePreemptedGoesToThoseAfterIt) {
+  EngineInfo info = SmallEngine();
+  info.num_blocks = 7;
+  Make(info, {.max_step_tokens = 3});
+  ASSERT_TRUE(Add(1, 2, 12).ok());
+  Step();
+  Request decoding = MakeRequest(2, 1, 12);
+  Request prompt = MakeRequest(3, 16, 1);
+  decoding.priority = prompt.priority = 1;
+  ASSERT_TRUE(Add(decoding).ok());
+  ASSERT_TRUE(Add(prompt).ok());
+  EXPECT_THAT(NumTokens(Step()), ElementsAre(1, 1, 1));
+  StepPlan plan;
+  do {
+    plan = Step();
+  } while (scheduler_->num_preemptions() == 0);
+  EXPECT_THAT(Ids(plan), ElementsAre(2, 3));
+  EXPECT_THAT(NumTokens(plan), ElementsAre(1, 2));
+  RunToEnd();
+}
+
+TEST_F(PreemptionTest, NobodyIsAdmittedInThatStepNotEvenWhoComesFirst) {
+  Start({0, 0, 0});
+  Request urgent = MakeRequest(4, 2, 1);
+  urgent.priority = 1;
+  ASSERT_TRUE(Add(urgent).ok());  // the two blocks of the preempted would do
+  EXPECT_THAT(Ids(Step()), ElementsAre(1, 2));
+  EXPECT_THAT(Ids(Step()), ElementsAre(1, 2, 4));
+  RunToEnd();
+}
+
+TEST_F(PreemptionTest, ThePreemptedIsNextOfItsPriority) {
   Start({0, 0, 0});
   ASSERT_TRUE(Add(4, 2, 1).ok());
   Finish(Schedule());
