@@ -177,6 +177,41 @@ TEST(ChatTemplateTest, HostileTemplatesRunOutOfFuel) {
   }
 }
 
+// What fuel does not see is refused when compiling.
+TEST(ChatTemplateTest, TemplatesThatNestWithoutBoundAreRefused) {
+  const std::string forty = Repeat("{% set a = [a, a] %}", 40);
+  const std::string sources[] = {
+      "{% set ns = namespace() %}{% set ns.x = ns %}{{ ns ~ '' }}",
+      "{% set ns = namespace() %}{% for n in [ns] %}{% for m in [ns] %}{% set n.x = m %}{% endfor "
+      "%}{% endfor %}",
+      "{% macro f(p) %}{% set p.x = [p] %}{% endmacro %}{{ f(namespace()) }}",
+      "{% set ns = namespace(x=0) %}{% for i in range(9) %}{% set ns.x = namespace(x=ns.x) %}{% "
+      "endfor %}",
+      "{% set a = [1] %}{% set b = [1] %}" + forty + "{{ a == b }}",
+      "{% set a = [1] %}" + forty + "{{ a ~ '' }}",
+      "{% macro f(x) %}{{ f([x, x]) }}{% endmacro %}{{ f(1) }}",
+      "{% for x in [[1]] recursive %}{{ loop([[x, x]]) }}{% endfor %}",
+      "{% set a = [[[1] * 99999] * 99999] * 99999 %}{% set b = [a] %}{{ a == b }}",
+      "{{ [[[1] * 99999] * 99999] ~ '' }}",
+      "{{ [[[1] * 99999] * 99999] | join }}",
+  };
+  for (const std::string& source : sources) {
+    const absl::Status status = ChatTemplate::Compile(source, DemoTokenizer()).status();
+    EXPECT_EQ(status.code(), kInvalid) << source.substr(0, 200);
+  }
+}
+
+TEST(ChatTemplateTest, TemplatesThatCollectAndRebuildAreNotRefused) {
+  EXPECT_EQ(
+      Render("{% set ns = namespace(all=[], last=none) %}{% for m in messages %}"
+             "{% set ns.all = ns.all + [{'role': m.role, 'content': m.content}] %}"
+             "{% set ns.last = m %}{% endfor %}{% set messages = ns.all + messages[1:] %}"
+             "{% set messages = messages | selectattr('role', 'equalto', 'user') | list %}"
+             "{% for m in messages %}{% set m = dict(m, name='n') %}{{ m.role ~ m.name }}"
+             "{{ m.content | trim }}{{ 'user' in [m.role] }}{{ ns.last == none }}{% endfor %}"),
+      "usernhelloTrueFalse");
+}
+
 TEST(ChatTemplateTest, DeepExpressionsFitTheStack) {
   EXPECT_EQ(Render("{{ " + Repeat("-", 65000) + "1 }}"), "1");
   EXPECT_EQ(Render("{{ 0" + Repeat("+1", 32000) + " }}"), "32000");

@@ -4,6 +4,7 @@
 //! back as text, and whatever it returns is owned by the caller until it calls the matching `_free`.
 
 mod control;
+mod nesting;
 mod python;
 mod template;
 mod tokenizer;

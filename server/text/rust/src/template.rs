@@ -5,6 +5,7 @@ use minijinja::{Environment, Error, ErrorKind};
 use serde_json::{Map, Value};
 
 use crate::control::StandIns;
+use crate::nesting;
 use crate::python;
 use crate::tokenizer::Tokenizer;
 use crate::Result;
@@ -43,8 +44,9 @@ impl Template {
             .trim_blocks(true)
             .lstrip_blocks(true)
             .keep_trailing_newline(false)
-            .build();
-        env.set_syntax(syntax.map_err(|e| e.to_string())?);
+            .build()
+            .map_err(|e| e.to_string())?;
+        env.set_syntax(syntax.clone());
         env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
         env.set_formatter(python::print);
         env.set_unknown_method_callback(unknown_method);
@@ -61,8 +63,10 @@ impl Template {
         if source.len() > MAX_SOURCE_BYTES {
             return Err(format!("has {} bytes; the limit is {MAX_SOURCE_BYTES}", source.len()));
         }
-        let text = source.clone();
-        on_big_stack(|| env.add_template_owned(TEMPLATE_NAME, text).map_err(|e| describe(&e)))?;
+        on_big_stack(|| {
+            nesting::check(&source, syntax)?;
+            env.add_template_owned(TEMPLATE_NAME, source.clone()).map_err(|e| describe(&e))
+        })?;
         Ok(Self { env, source })
     }
 
