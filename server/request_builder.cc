@@ -94,17 +94,22 @@ const char* RoleName(v1::Role role) {
   }
 }
 
-// Whether the template prints tool arguments as JSON itself (V3.1) instead of pasting their text
-// (V3, R1).
-bool PrintsArguments(absl::string_view source) {
-  for (size_t at = 0; (at = source.find("arguments", at)) != source.npos; ++at) {
-    absl::string_view rest = source.substr(at + sizeof("arguments") - 1, 16);
-    std::string compact;
-    std::copy_if(rest.begin(), rest.end(), std::back_inserter(compact),
-                 [](char c) { return c != ' ' && c != '\'' && c != '"' && c != ']'; });
-    if (absl::StartsWith(compact, "|tojson")) return true;
+// Whether a template says `word` of what it calls arguments: "tojson" in tool['arguments'] |
+// tojson.
+bool SaysOfArguments(absl::string_view source, absl::string_view word) {
+  constexpr absl::string_view kName = "arguments";
+  for (size_t at = source.find(kName); at != source.npos; at = source.find(kName, at)) {
+    at += kName.size();
+    const size_t next = source.find_first_not_of(" '\"]|", at);
+    if (next != source.npos && absl::StartsWith(source.substr(next), word)) return true;
   }
   return false;
+}
+
+// Whether the template prints tool arguments as JSON itself (V3.1), instead of pasting their text
+// (V3, R1) or asking which of the two they are.
+bool PrintsArguments(absl::string_view source) {
+  return SaysOfArguments(source, "tojson") && !SaysOfArguments(source, "is string");
 }
 
 Json ToolCallJson(const v1::ToolCall& call, bool parse_arguments) {

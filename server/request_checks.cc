@@ -251,7 +251,7 @@ void CheckLimits(const v1::Limits& limits, const ServedModel& model, const std::
   const auto field = [&prefix](absl::string_view name) { return absl::StrCat(prefix, name); };
   if (limits.has_max_tokens()) CheckAtLeast(limits.max_tokens(), 1, field("max_tokens"), errors);
   if (limits.has_min_tokens()) CheckAtLeast(limits.min_tokens(), 0, field("min_tokens"), errors);
-  if (limits.has_max_tokens() && limits.min_tokens() > limits.max_tokens()) {
+  if (limits.max_tokens() >= 1 && limits.min_tokens() > limits.max_tokens()) {
     errors->Invalid(field("min_tokens"),
                     absl::StrCat("is ", limits.min_tokens(), "; must be at most max_tokens, ",
                                  limits.max_tokens()));

@@ -251,7 +251,6 @@ void StreamCall::Add(TokenId token, const AnswerPiece& piece) {
 
 void StreamCall::Advance() {
   bool write_and_finish = false;
-  bool more = false;
   std::optional<absl::Status> finish;
   {
     absl::MutexLock lock(&mutex_);
@@ -262,11 +261,10 @@ void StreamCall::Advance() {
       finish = end_;
     } else {
       in_flight_ = Encode(outbox_[next_++]);
-      more = next_ < outbox_.size();
       writing_ = true;
-      write_and_finish = end_.has_value() && !more;
+      write_and_finish = end_.has_value() && next_ == outbox_.size();
     }
-    if (!more) {
+    if (next_ == outbox_.size()) {
       outbox_.Clear();
       next_ = 0;
     }
@@ -278,7 +276,7 @@ void StreamCall::Advance() {
   } else if (write_and_finish) {
     StartWriteAndFinish(&in_flight_, grpc::WriteOptions(), grpc::Status::OK);
   } else {
-    StartWrite(&in_flight_, more ? grpc::WriteOptions().set_buffer_hint() : grpc::WriteOptions());
+    StartWrite(&in_flight_);
   }
 }
 

@@ -65,7 +65,6 @@ class ServiceUnderTest {
   ~ServiceUnderTest();
 
   void Load();  // SetServing
-  std::unique_ptr<v1::InferenceService::Stub> NewStub(int max_receive_bytes = -1);
   std::shared_ptr<grpc::Channel> NewChannel(grpc::ChannelArguments arguments = {});
 
   v1::InferenceService::Stub& stub() { return *stub_; }
