@@ -9,7 +9,6 @@ mod python;
 mod template;
 mod tokenizer;
 
-use std::cell::RefCell;
 use std::os::raw::c_int;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::Once;
@@ -61,23 +60,19 @@ impl Ids {
     }
 }
 
-thread_local! {
-    static PANIC_MESSAGE: RefCell<String> = const { RefCell::new(String::new()) };
-}
-
 /// Runs `f`; puts its error, or what it panicked with, into `error`.
 fn guard(error: *mut Bytes, f: impl FnOnce() -> Result<()>) -> c_int {
-    // The default hook would print a backtrace for what we report as an error of one call.
+    // The default hook would print what we report as an error of one call.
     static HOOK: Once = Once::new();
-    HOOK.call_once(|| {
-        std::panic::set_hook(Box::new(|info| {
-            PANIC_MESSAGE.with(|message| *message.borrow_mut() = info.to_string());
-        }));
-    });
+    HOOK.call_once(|| std::panic::set_hook(Box::new(|_| {})));
     let (status, message) = match catch_unwind(AssertUnwindSafe(f)) {
         Ok(Ok(())) => return OK,
         Ok(Err(message)) => (REFUSED, message),
-        Err(_) => (PANICKED, PANIC_MESSAGE.with(|message| message.borrow().clone())),
+        Err(panic) => {
+            let message = panic.downcast_ref::<String>().cloned();
+            let message = message.or_else(|| panic.downcast_ref::<&str>().map(|text| text.to_string()));
+            (PANICKED, message.unwrap_or_else(|| "panic".into()))
+        }
     };
     // SAFETY: `error` is valid by the contract of every function below.
     unsafe { (*error).set(message.into_bytes()) };

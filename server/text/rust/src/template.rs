@@ -21,9 +21,9 @@ const MAX_FUEL: u64 = 4_000_000;
 
 /// Compiling a chain of operators takes the square of its length.
 const MAX_SOURCE_BYTES: usize = 64 << 10;
-/// Enough for the deepest chain of operators in MAX_SOURCE_BYTES, and for freeing the deepest value that
-/// MAX_FUEL can build; both recurse. Address space: only what is used costs memory.
-const STACK_BYTES: usize = 512 << 20;
+/// Enough for the deepest chain of operators in MAX_SOURCE_BYTES, at which the library's parser recurses.
+/// Address space: only what is used costs memory.
+const STACK_BYTES: usize = 256 << 20;
 
 const TEMPLATE_NAME: &str = "chat_template";
 const CONTINUE_TAG: &str = "CONTINUE_FINAL_MESSAGE_TAG ";
@@ -109,11 +109,10 @@ impl Template {
         }
         let mut env = self.env.clone();
         env.set_fuel(Some((BASE_FUEL + FUEL_PER_INPUT_BYTE * input_size).min(MAX_FUEL)));
-        let text = on_big_stack(move || {
-            let template = env.get_template(TEMPLATE_NAME);
-            let text = template.and_then(|template| template.render(Serde(Value::Object(context))));
-            text.map_err(|e| describe(&e))
-        })?;
+        let text = env
+            .get_template(TEMPLATE_NAME)
+            .and_then(|template| template.render(Serde(Value::Object(context))))
+            .map_err(|e| describe(&e))?;
         match continued {
             Some(message) => cut_at_tag(text, &message),
             None => Ok(text),
@@ -142,7 +141,7 @@ impl Template {
     }
 }
 
-/// Runs `f` on a stack that no template exhausts.
+/// Runs `f` on a stack that no template's source exhausts.
 fn on_big_stack<T: Send>(f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, f);
