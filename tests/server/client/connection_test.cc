@@ -47,7 +47,6 @@ TEST(DescribeErrorTest, DoesNotRepeatWhatTheMessageSays) {
 TEST(DescribeErrorTest, IsOneLineAndSurvivesBrokenDetails) {
   EXPECT_EQ(DescribeError({grpc::StatusCode::INTERNAL, "a\nb\x1b[2J", "\xff\xff not a message"}),
             "INTERNAL: a b^[[2J");
-  EXPECT_EQ(DescribeError({static_cast<grpc::StatusCode>(99), "?"}), "CODE_99: ?");
 }
 
 TEST(ConnectionOptionsTest, RefusesByNameAndLimit) {
