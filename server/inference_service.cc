@@ -82,11 +82,11 @@ class InferenceService::Impl final : public Raw<v1::InferenceService::Service>, 
   Impl(const ServiceOptions& options, RequestObserver* observer)
       : options_(options),
         observer_(observer),
-        output_([this](RequestId id) { core_.load()->Cancel(id); }, observer),
+        outputs_(MakeOutputs(options.num_output_threads)),
         workers_(options.num_workers, options.max_queued_calls) {}
 
   void SetServing(std::shared_ptr<const ServedModel> model, EngineCore* core);
-  void HandleEvents(std::vector<SequenceEvent> events) { output_.HandleEvents(std::move(events)); }
+  void HandleEvents(std::vector<SequenceEvent> events);
   void StartDrain() { draining_ = true; }
   int32_t num_active() const;
   void AbortAll(const absl::Status& status);
@@ -141,6 +141,10 @@ class InferenceService::Impl final : public Raw<v1::InferenceService::Service>, 
   using BuildFunction = absl::StatusOr<GenerationRequest> (Impl::*)(const grpc::ByteBuffer&,
                                                                     const ServedModel&) const;
 
+  std::vector<std::unique_ptr<OutputProcessor>> MakeOutputs(int num_threads);
+  // The one that has the request.
+  OutputProcessor& OutputOf(RequestId id) { return *outputs_[id % outputs_.size()]; }
+
   absl::StatusOr<GenerationRequest> BuildFrom(const v1::ChatRequest& proto,
                                               const ServedModel& model) const {
     return BuildChat(proto, model, options_.allow_request_chat_template);
@@ -190,7 +194,7 @@ class InferenceService::Impl final : public Raw<v1::InferenceService::Service>, 
   absl::flat_hash_map<GenerationCall*, std::shared_ptr<GenerationCall>> calls_
       ABSL_GUARDED_BY(mutex_);
 
-  OutputProcessor output_;
+  const std::vector<std::unique_ptr<OutputProcessor>> outputs_;
   WorkerPool workers_;  // last: its threads use all of the above
 };
 
@@ -228,6 +232,24 @@ void InferenceService::Impl::SetServing(ModelPtr model, EngineCore* core) {
   model_ = std::move(model);
 }
 
+std::vector<std::unique_ptr<OutputProcessor>> InferenceService::Impl::MakeOutputs(int num_threads) {
+  LATENTD_CHECK(num_threads >= 1);
+  std::vector<std::unique_ptr<OutputProcessor>> outputs;
+  for (int i = 0; i < num_threads; ++i) {
+    outputs.push_back(std::make_unique<OutputProcessor>(
+        [this](RequestId id) { core_.load()->Cancel(id); }, observer_));
+  }
+  return outputs;
+}
+
+void InferenceService::Impl::HandleEvents(std::vector<SequenceEvent> events) {
+  std::vector<std::vector<SequenceEvent>> shares(outputs_.size());
+  for (SequenceEvent& event : events) {
+    shares[event.id % shares.size()].push_back(std::move(event));
+  }
+  for (size_t i = 0; i < shares.size(); ++i) outputs_[i]->HandleEvents(std::move(shares[i]));
+}
+
 int32_t InferenceService::Impl::num_active() const {
   absl::MutexLock lock(&mutex_);
   return static_cast<int32_t>(calls_.size());
@@ -244,7 +266,7 @@ void InferenceService::Impl::AbortAll(const absl::Status& status) {
 
 void InferenceService::Impl::CancelRequest(RequestId id) {
   core_.load()->Cancel(id);
-  output_.Remove(id);
+  OutputOf(id).Remove(id);
 }
 
 void InferenceService::Impl::OnCallDone(GenerationCall* call) {
@@ -298,10 +320,10 @@ absl::Status InferenceService::Impl::Submit(const std::shared_ptr<GenerationCall
   if (call->ended()) return absl::OkStatus();
   const RequestId id = ++last_id_;
   request.core.id = id;
-  output_.Add(id, std::move(request.answer), call, call->arrival(),
-              call->arrival() + request.queue_timeout);
+  OutputOf(id).Add(id, std::move(request.answer), call, call->arrival(),
+                   call->arrival() + request.queue_timeout);
   if (absl::Status status = core_.load()->Submit(std::move(request.core)); !status.ok()) {
-    output_.Remove(id);
+    OutputOf(id).Remove(id);
     return status;
   }
   call->Submitted(id);

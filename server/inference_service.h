@@ -24,6 +24,8 @@ struct ServiceOptions {
   int32_t num_workers = 2;
   // Calls that wait for such a thread; one more is refused with RESOURCE_EXHAUSTED.
   int32_t max_queued_calls = 4096;
+  // Threads that turn tokens into text and write it; each has a share of the calls. >= 1.
+  int32_t num_output_threads = 2;
   // Obey ChatRequest.chat_template; else PERMISSION_DENIED.
   bool allow_request_chat_template = false;
 };

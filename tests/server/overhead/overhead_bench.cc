@@ -20,6 +20,7 @@
 
 #include "CLI/CLI.hpp"
 #include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include "grpcpp/grpcpp.h"
 #include "nlohmann/json.hpp"
@@ -35,13 +36,14 @@ struct BenchOptions {
   std::string model = "deploy/demo-model";
   int streams = 2048;
   int connections = 8;
+  int output_threads = ServiceOptions().num_output_threads;
   double period_ms = 100;
   double warmup_s = 3;
   double seconds = 10;
   bool serve = false;
 };
 
-class CountingObserver : public RequestObserver {
+class NoObserver : public RequestObserver {
  public:
   void OnFinished(const RequestRecord&) override {}
   void OnRejected(std::string_view) override {}
@@ -52,6 +54,9 @@ class CountingObserver : public RequestObserver {
 // The server process: prints its port, ends when its standard input does.
 int Serve(const BenchOptions& options) {
   prctl(PR_SET_PDEATHSIG, SIGKILL);
+  // As the daemon does: distributions' absl looks for lock cycles, in a graph under one global
+  // lock.
+  absl::SetMutexDeadlockDetectionMode(absl::OnDeadlockCycle::kIgnore);
   const EngineInfo info = {.num_blocks = 200000,
                            .num_dp_ranks = 1,
                            .max_step_tokens = 16384,
@@ -72,8 +77,10 @@ int Serve(const BenchOptions& options) {
       *ChatTemplate::Compile(model->tokenizer->chat_template(), model->tokenizer);
 
   ClockEngine engine(info, absl::Milliseconds(options.period_ms));
-  CountingObserver observer;
-  InferenceService service({}, &observer);
+  NoObserver observer;
+  ServiceOptions service_options;
+  service_options.num_output_threads = options.output_threads;
+  InferenceService service(service_options, &observer);
   EngineCore core({.max_step_tokens = info.max_step_tokens,
                    .max_running = options.streams,
                    .max_waiting = options.streams,
@@ -132,6 +139,7 @@ int Measure(const BenchOptions& options, pid_t server, int port) {
   const nlohmann::ordered_json report = {
       {"streams", options.streams},
       {"connections", options.connections},
+      {"output_threads", options.output_threads},
       {"period_ms", options.period_ms},
       {"seconds", wall},
       {"tokens", counts.tokens},
@@ -191,6 +199,7 @@ int main(int argc, char** argv) {
   app.add_option("--model", options.model, "folder of the tokenizer")->capture_default_str();
   app.add_option("--streams", options.streams)->capture_default_str();
   app.add_option("--connections", options.connections)->capture_default_str();
+  app.add_option("--output-threads", options.output_threads)->capture_default_str();
   app.add_option("--period-ms", options.period_ms, "of a step; 0: unpaced")->capture_default_str();
   app.add_option("--warmup", options.warmup_s, "seconds")->capture_default_str();
   app.add_option("--seconds", options.seconds, "of measurement")->capture_default_str();
