@@ -39,9 +39,9 @@ const std::vector<ConfigKey>& Table() {
        "",
        {"auto", "safetensors", "dummy"}},
       {"engine", T::kString, &C::engine, "What computes the model.", 0, 0, "", {"cpu"}},
-      {"listen", T::kString, &C::listen,
+      {"listen", T::kAddress, &C::listen,
        "Address of the gRPC listener, host:port; port 0 takes a free one."},
-      {"http_listen", T::kString, &C::http_listen,
+      {"http_listen", T::kAddress, &C::http_listen,
        "Address of the HTTP listener (/metrics /healthz /livez /readyz), ip:port. Empty: none."},
       {"threads", T::kInt, &C::threads, "Threads that compute. 0: one per core.", 0, 4096,
        "threads"},
@@ -203,22 +203,18 @@ absl::Status CheckRange(const ConfigKey& key, std::string_view text, int64_t val
   return Refuse(key, text, "allowed are " + ConfigRange(key));
 }
 
-absl::Status CheckAddress(std::string_view name, std::string_view address) {
-  const size_t colon = address.rfind(':');
-  const auto port = colon == std::string_view::npos
-                        ? std::nullopt
-                        : ParseNumber<int32_t>(address.substr(colon + 1));
-  if (!port || colon == 0 || *port < 0 || *port > 65535) {
-    return absl::InvalidArgumentError(
-        fmt::format("{} is '{}'; it must be host:port, with a port of 0 .. 65535", name, address));
-  }
-  return absl::OkStatus();
+bool IsAddress(std::string_view text) {
+  const size_t colon = text.rfind(':');
+  if (colon == std::string_view::npos || colon == 0) return false;
+  const auto port = ParseNumber<int32_t>(text.substr(colon + 1));
+  return port && *port >= 0 && *port <= 65535;
 }
 
 // What no single key can tell.
 absl::Status CheckTogether(const ServeConfig& config) {
-  RETURN_IF_ERROR(CheckAddress("listen", config.listen));
-  if (!config.http_listen.empty()) RETURN_IF_ERROR(CheckAddress("http_listen", config.http_listen));
+  if (config.listen.empty()) {
+    return absl::InvalidArgumentError("listen is empty; it must be host:port");
+  }
   if (config.listen == config.http_listen && !config.listen.ends_with(":0")) {
     return absl::InvalidArgumentError(
         fmt::format("listen and http_listen are both '{}'; they must differ", config.listen));
@@ -254,6 +250,8 @@ std::string ConfigUnit(const ConfigKey& key) {
   switch (key.type) {
     case ConfigType::kString:
       return key.choices.empty() ? "text" : fmt::format("{}", fmt::join(key.choices, ", "));
+    case ConfigType::kAddress:
+      return "address";
     case ConfigType::kInt:
       return std::string(key.unit);
     case ConfigType::kSize:
@@ -267,13 +265,17 @@ std::string ConfigUnit(const ConfigKey& key) {
 }
 
 std::string ConfigRange(const ConfigKey& key) {
-  if (key.type == ConfigType::kString || key.type == ConfigType::kBool) return "";
+  if (std::holds_alternative<std::string ServeConfig::*>(key.member) ||
+      key.type == ConfigType::kBool) {
+    return "";
+  }
   return fmt::format("{} .. {}", NumberText(key, key.min), NumberText(key, key.max));
 }
 
 std::string ConfigValue(const ConfigKey& key, const ServeConfig& config) {
   switch (key.type) {
     case ConfigType::kString:
+    case ConfigType::kAddress:
       return config.*std::get<std::string ServeConfig::*>(key.member);
     case ConfigType::kInt:
       return std::to_string(config.*std::get<int64_t ServeConfig::*>(key.member));
@@ -308,6 +310,13 @@ absl::Status SetConfigValue(const ConfigKey& key, std::string_view value, ServeC
       if (!key.choices.empty() &&
           std::find(key.choices.begin(), key.choices.end(), value) == key.choices.end()) {
         return Refuse(key, value, fmt::format("allowed are {}", fmt::join(key.choices, ", ")));
+      }
+      config->*std::get<std::string ServeConfig::*>(key.member) = std::string(value);
+      return absl::OkStatus();
+    }
+    case ConfigType::kAddress: {
+      if (!value.empty() && !IsAddress(value)) {
+        return Refuse(key, value, "it must be host:port, with a port of 0 .. 65535");
       }
       config->*std::get<std::string ServeConfig::*>(key.member) = std::string(value);
       return absl::OkStatus();
@@ -429,6 +438,33 @@ std::string DescribeConfig(const ServeConfig& config) {
   std::string text;
   for (const ConfigKey& key : Table()) {
     text += fmt::format("{} = {}\n", key.name, ConfigValue(key, config));
+  }
+  return text;
+}
+
+std::string ExampleYaml() {
+  std::string text =
+      "# latentd's configuration: every key, what it means, its default. Written by `latentd "
+      "config`.\n"
+      "# Flags of the same names win over this file: --max-running 64.\n";
+  const ServeConfig defaults;
+  for (const ConfigKey& key : Table()) {
+    constexpr size_t kColumns = 98;
+    std::string line = "#";
+    std::istringstream words{std::string(key.help)};
+    text += '\n';
+    for (std::string word; words >> word;) {
+      if (line.size() + 1 + word.size() > kColumns) {
+        text += line + '\n';
+        line = "#";
+      }
+      line += ' ' + word;
+    }
+    text += line + '\n';
+    const std::string range = ConfigRange(key);
+    text += fmt::format("# {}{}\n", ConfigUnit(key), range.empty() ? "" : ", " + range);
+    const std::string value = ConfigValue(key, defaults);
+    text += fmt::format("{}: {}\n", key.name, value.empty() ? "''" : value);
   }
   return text;
 }

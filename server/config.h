@@ -54,7 +54,7 @@ struct ServeConfig {
   std::string termination_log;
 };
 
-enum class ConfigType { kString, kInt, kSize, kBool, kDuration };
+enum class ConfigType { kString, kAddress, kInt, kSize, kBool, kDuration };
 
 // One row of the table that the YAML file, the flags, `--help` and the documentation share.
 struct ConfigKey {
@@ -98,6 +98,9 @@ absl::StatusOr<ServeConfig> LoadServeConfig(
 
 // The key = value lines of `config`, for the log and `latentd check`.
 std::string DescribeConfig(const ServeConfig& config);
+
+// A configuration file with every key, what it means and its default: `latentd config`.
+std::string ExampleYaml();
 
 // Where the demo model lies: beside the build tree of `executable`, or where it was installed.
 absl::StatusOr<std::filesystem::path> FindDemoModel(const std::filesystem::path& executable);

@@ -20,15 +20,16 @@ class HttpServer::Impl {
 
   absl::Status Listen(const std::string& address) {
     mg_init_library(0);
-    // Few threads: a scrape takes less than a millisecond, and probes must not fill the machine.
+    // A scrape takes a millisecond; more threads than one only because a silent client holds its
+    // own until it is cut off.
     const char* options[] = {"listening_ports",
                              address.c_str(),
                              "num_threads",
-                             "2",
+                             "8",
                              "request_timeout_ms",
-                             "5000",
+                             "2000",
                              "linger_timeout_ms",
-                             "1000",
+                             "500",
                              "max_request_size",
                              "8192",
                              "enable_keep_alive",

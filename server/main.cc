@@ -41,6 +41,7 @@ std::shared_ptr<ConfigFlags> AddConfigFlags(CLI::App* command) {
         names, [flags, name](const std::string& value) { flags->values.emplace_back(name, value); },
         fmt::format("{}{}", key.help, range.empty() ? "" : " [" + range + "]"));
     option->type_name(ConfigUnit(key))->group("Configuration");
+    option->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
     if (!value.empty()) option->default_str(value);
   }
   command->allow_extras();  // so that an unknown flag is answered with the one that was meant
@@ -107,6 +108,11 @@ void RegisterCheckCommand(CLI::App& app, int* exit_code) {
   });
 }
 
+void RegisterConfigCommand(CLI::App& app) {
+  app.add_subcommand("config", "Print a configuration file with every key and its default")
+      ->callback([] { std::cout << ExampleYaml(); });
+}
+
 int Main(int argc, char** argv) {
   int exit_code = kServeOk;
   CLI::App app("latentd serves DeepSeek-V3 and R1 over gRPC.", "latentd");
@@ -116,6 +122,7 @@ int Main(int argc, char** argv) {
   RegisterChatCommand(app, &exit_code);
   RegisterBenchCommand(app, &exit_code);
   RegisterCheckCommand(app, &exit_code);
+  RegisterConfigCommand(app);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

@@ -1,0 +1,105 @@
+#include "server/check.h"
+
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+#include <string>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace latentd {
+namespace {
+
+namespace fs = std::filesystem;
+using ::testing::HasSubstr;
+
+struct Checked {
+  absl::Status status;
+  std::string output;
+};
+
+Checked Check(ServeConfig config) {
+  const absl::StatusOr<ModelPath> path = ModelPath::Resolve(config, fs::absolute("build/latentd"));
+  if (!path.ok()) return {path.status(), ""};
+  std::ostringstream out;
+  const absl::Status status = RunCheck(config, *path, out);
+  return {status, out.str()};
+}
+
+Checked CheckModel(const std::string& model) {
+  ServeConfig config;
+  config.model = model;
+  return Check(config);
+}
+
+std::string Message(const Checked& checked) { return std::string(checked.status.message()); }
+
+TEST(CheckTest, TheDemoModelIsTheDefaultAndComplete) {
+  const Checked checked = Check({});
+  ASSERT_TRUE(checked.status.ok()) << checked.status;
+  EXPECT_THAT(checked.output, HasSubstr("model demo-model"));
+  EXPECT_THAT(checked.output, HasSubstr("tokenizer: 4096 tokens; chat template: ok"));
+  EXPECT_THAT(checked.output, HasSubstr("checkpoint: every tensor is there"));
+  // 5 layers of a latent of 512 + 64 floats.
+  EXPECT_THAT(checked.output, HasSubstr("KV cache: 11520 bytes a token"));
+  EXPECT_THAT(checked.output, HasSubstr("max_model_len: 8192 tokens"));
+}
+
+TEST(CheckTest, EveryExampleConfigIsSupported) {
+  for (const auto& file : fs::directory_iterator("deploy/configs")) {
+    if (file.path().extension() != ".json") continue;
+    const Checked checked = CheckModel(file.path().string());
+    EXPECT_TRUE(checked.status.ok()) << file.path() << ": " << checked.status;
+    EXPECT_THAT(checked.output, HasSubstr("stands alone"));
+    EXPECT_THAT(checked.output, HasSubstr("all weights"));
+  }
+}
+
+TEST(CheckTest, DeepSeekV3HasTheSizeThatItsAuthorsGive) {
+  const Checked checked = CheckModel("deploy/configs/deepseek-v3.json");
+  EXPECT_THAT(checked.output, HasSubstr("671026419200"));  // parameters
+  EXPECT_THAT(checked.output, HasSubstr("KV cache: 140544 bytes a token"));
+}
+
+TEST(CheckTest, WhatTheModelDoesNotAllowIsRefusedByKey) {
+  ServeConfig config;
+  config.max_model_len = 8193;
+  EXPECT_THAT(Message(Check(config)),
+              HasSubstr("max_model_len is 8193; the model's max_position_embeddings is 8192"));
+  config.max_model_len = 4096;
+  config.kv_cache_tokens = 128;
+  EXPECT_THAT(Message(Check(config)),
+              HasSubstr("max_model_len is 4096; the KV cache holds 128 tokens"));
+  config.max_model_len = 0;  // then it is what the cache holds
+  EXPECT_THAT(Check(config).output, HasSubstr("max_model_len: 128 tokens"));
+  config.kv_cache_tokens = int64_t{1} << 30;
+  EXPECT_THAT(Message(Check(config)), HasSubstr("too little memory"));
+  EXPECT_THAT(Message(CheckModel("no/such/model")), HasSubstr("no/such/model"));
+  EXPECT_THAT(Message(CheckModel("deploy")), HasSubstr("config.json"));
+}
+
+TEST(CheckTest, AChatTemplateThatDoesNotCompileIsRefused) {
+  const fs::path file = fs::path(::testing::TempDir()) / "broken.jinja";
+  std::ofstream(file) << "{% if %}";
+  ServeConfig config;
+  config.chat_template = file.string();
+  EXPECT_THAT(Message(Check(config)), HasSubstr(file.string()));
+  config.chat_template = "no/such.jinja";
+  EXPECT_THAT(Message(Check(config)), HasSubstr("no/such.jinja"));
+}
+
+// A checkpoint of which a part is missing: found without reading a weight.
+TEST(CheckTest, AnIncompleteCheckpointIsRefused) {
+  const fs::path dir = fs::path(::testing::TempDir()) / "check_test_model";
+  fs::remove_all(dir);
+  fs::copy("deploy/demo-model", dir);
+  fs::resize_file(dir / "model.safetensors", fs::file_size(dir / "model.safetensors") - 1);
+  EXPECT_THAT(Message(CheckModel(dir.string())), HasSubstr("model.safetensors"));
+  fs::remove(dir / "model.safetensors");
+  EXPECT_THAT(Message(CheckModel(dir.string())), HasSubstr("model.safetensors"));
+  fs::remove_all(dir);
+}
+
+}  // namespace
+}  // namespace latentd
