@@ -27,7 +27,6 @@ TOP_LEVEL = ('engine/', 'scheduler/', 'server/', 'tests/', 'proto/')
 PACKAGES = [
     (r'grpc(pp|\+\+)?/|google/(protobuf|rpc)/|latentd/v1/|grpc/health/', ['server/']),
     (r'yaml-cpp/', ['server/']),
-    (r'prometheus/', ['server/']),
     (r'CLI/', ['server/']),
     (r'sqlite3', ['server/batch/']),
     (r'nccl', ['engine/comm/']),

@@ -10,8 +10,12 @@
 
 namespace latentd {
 
-// The small HTTP listener for probes and Prometheus. GET and HEAD of fixed paths, nothing else;
-// slow or silent clients are cut off. Handlers run on the listener's own threads.
+// The small HTTP listener for probes and Prometheus: GET and HEAD of fixed paths, one request a
+// connection. Handlers run on its one thread and must be quick; a silent or slow client is cut off
+// after five seconds and keeps nobody waiting.
+//
+// Our own rather than a library's, because what the distribution has (civetweb) exists as a shared
+// object only, gives each silent client a thread, and takes two seconds to stop.
 class HttpServer {
  public:
   struct Response {
@@ -25,7 +29,7 @@ class HttpServer {
   // UNAVAILABLE with the address and the reason when it cannot.
   static absl::StatusOr<std::unique_ptr<HttpServer>> Start(const std::string& address,
                                                            std::map<std::string, Handler> handlers);
-  ~HttpServer();  // ends running requests first
+  ~HttpServer();  // at once; clients that are connected are cut off
 
   int port() const;
 

@@ -4,22 +4,19 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <fstream>
 #include <limits>
-#include <sstream>
 #include <utility>
 
 #include "absl/time/clock.h"
-#include "prometheus/text_serializer.h"
+#include "fmt/format.h"
 #include "server/version.h"
 
 namespace latentd {
 namespace {
 
-using prometheus::ClientMetric;
-using prometheus::MetricFamily;
-using prometheus::MetricType;
-using Labels = std::vector<ClientMetric::Label>;
+using Labels = std::vector<std::pair<std::string_view, std::string>>;
 
 // Series that exist from the start, so that a rate over them sees the first increment.
 constexpr absl::StatusCode kExpectedCodes[] = {
@@ -45,44 +42,66 @@ constexpr double kStepSequences[] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024
 constexpr double kRequestTokens[] = {1,    2,    5,    10,    20,    50,    100,    200,   500,
                                      1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000};
 
-// Collects families; `base` are the labels of each series.
-class Collector {
- public:
-  explicit Collector(Labels base) : base_(std::move(base)) {}
+// Integers as such, the rest as short as it can be read back.
+std::string NumberText(double value) {
+  if (std::isinf(value)) return value > 0 ? "+Inf" : "-Inf";
+  return std::abs(value) < 1e15 && value == std::floor(value) ? fmt::format("{:.0f}", value)
+                                                              : fmt::format("{}", value);
+}
 
-  Collector& Family(std::string name, std::string help, MetricType type) {
-    families_.push_back({std::move(name), std::move(help), type, {}});
+// Writes families in Prometheus' text format; every series has the label `model`.
+class Writer {
+ public:
+  explicit Writer(std::string_view model) { Append("model", model, &base_); }
+
+  // Begins a family; its series follow.
+  Writer& Family(std::string_view name, std::string_view help, std::string_view type) {
+    name_ = name;
+    text_ += fmt::format("# HELP {} {}\n# TYPE {} {}\n", name, help, name, type);
     return *this;
   }
-  Collector& Value(double value, Labels labels = {}) {
-    ClientMetric& metric = Series(std::move(labels));
-    metric.counter.value = value;  // the family's type decides which of them is read
-    metric.gauge.value = value;
-    return *this;
+  Writer& Value(double value, const Labels& labels = {}) { return Line("", value, labels); }
+  void Gauge(std::string_view name, std::string_view help, double value) {
+    Family(name, help, "gauge").Value(value);
   }
-  void Gauge(std::string name, std::string help, double value) {
-    Family(std::move(name), std::move(help), MetricType::Gauge).Value(value);
+  void Counter(std::string_view name, std::string_view help, double value) {
+    Family(name, help, "counter").Value(value);
   }
-  void Counter(std::string name, std::string help, double value) {
-    Family(std::move(name), std::move(help), MetricType::Counter).Value(value);
+  void Distribution(std::string_view name, std::string_view help, const Histogram& histogram) {
+    const Histogram::Snapshot snapshot = histogram.Collect();
+    Family(name, help, "histogram");
+    for (size_t i = 0; i < snapshot.bounds.size(); ++i) {
+      Line("_bucket", static_cast<double>(snapshot.cumulative[i]),
+           {{"le", NumberText(snapshot.bounds[i])}});
+    }
+    Line("_sum", snapshot.sum, {});
+    Line("_count", static_cast<double>(snapshot.cumulative.back()), {});
   }
-  void Distribution(std::string name, std::string help, const Histogram& histogram) {
-    Family(std::move(name), std::move(help), MetricType::Histogram).Series({}).histogram =
-        histogram.Collect();
-  }
-  std::vector<MetricFamily> Take() { return std::move(families_); }
+  std::string Take() { return std::move(text_); }
 
  private:
-  ClientMetric& Series(Labels labels) {
-    ClientMetric& metric = families_.back().metric.emplace_back();
-    metric.label = base_;
-    metric.label.insert(metric.label.end(), std::make_move_iterator(labels.begin()),
-                        std::make_move_iterator(labels.end()));
-    return metric;
+  static void Append(std::string_view name, std::string_view value, std::string* labels) {
+    *labels += fmt::format("{}{}=\"", labels->empty() ? "" : ",", name);
+    for (const char c : value) {
+      if (c == '\n') {
+        *labels += "\\n";
+        continue;
+      }
+      if (c == '\\' || c == '"') *labels += '\\';
+      *labels += c;
+    }
+    *labels += '"';
+  }
+  Writer& Line(std::string_view suffix, double value, const Labels& labels) {
+    std::string all = base_;
+    for (const auto& [name, label_value] : labels) Append(name, label_value, &all);
+    text_ += fmt::format("{}{}{{{}}} {}\n", name_, suffix, all, NumberText(value));
+    return *this;
   }
 
-  const Labels base_;
-  std::vector<MetricFamily> families_;
+  std::string base_;
+  std::string name_;
+  std::string text_;
 };
 
 template <size_t N>
@@ -92,7 +111,7 @@ int IndexOf(const std::array<std::string_view, N>& names, std::string_view name)
 }
 
 // The names and meanings that every Prometheus client library gives to these.
-void CollectProcess(absl::Time start, Collector* out) {
+void CollectProcess(absl::Time start, Writer* out) {
   rusage usage = {};
   getrusage(RUSAGE_SELF, &usage);
   const auto seconds = [](const timeval& time) { return time.tv_sec + time.tv_usec * 1e-6; };
@@ -119,18 +138,16 @@ void Histogram::Observe(double value, int64_t count) {
   sum_.fetch_add(value * static_cast<double>(count), std::memory_order_relaxed);
 }
 
-ClientMetric::Histogram Histogram::Collect() const {
-  ClientMetric::Histogram histogram;
-  histogram.bucket.reserve(bounds_.size() + 1);
-  uint64_t cumulative = 0;
+Histogram::Snapshot Histogram::Collect() const {
+  Snapshot snapshot{.bounds = bounds_, .cumulative = {}, .sum = 0};
+  snapshot.bounds.push_back(std::numeric_limits<double>::infinity());
+  int64_t cumulative = 0;
   for (size_t i = 0; i <= bounds_.size(); ++i) {
     cumulative += counts_[i].load(std::memory_order_relaxed);
-    histogram.bucket.push_back(
-        {cumulative, i < bounds_.size() ? bounds_[i] : std::numeric_limits<double>::infinity()});
+    snapshot.cumulative.push_back(cumulative);
   }
-  histogram.sample_count = cumulative;
-  histogram.sample_sum = sum_.load(std::memory_order_relaxed);
-  return histogram;
+  snapshot.sum = sum_.load(std::memory_order_relaxed);
+  return snapshot;
 }
 
 Metrics::Metrics(std::string model)
@@ -215,14 +232,13 @@ void Metrics::OnTokens(absl::Duration since_last, int64_t count) {
   inter_token_latency_.Observe(absl::ToDoubleSeconds(since_last), count);
 }
 
-std::vector<MetricFamily> Metrics::Collect() const {
-  Collector out({{"model", model_}});
+std::string Metrics::Text() const {
+  Writer out(model_);
   const ServerState state = state_;
 
-  out.Family("latentd_build_info", "Constant 1; the labels say what is running.", MetricType::Gauge)
+  out.Family("latentd_build_info", "Constant 1; the labels say what is running.", "gauge")
       .Value(1, {{"version", kVersion}});
-  out.Family("latentd_state", "1 for the state that the daemon is in, 0 for the others.",
-             MetricType::Gauge);
+  out.Family("latentd_state", "1 for the state that the daemon is in, 0 for the others.", "gauge");
   for (size_t i = 0; i < kServerStateNames.size(); ++i) {
     out.Value(static_cast<size_t>(state) == i, {{"state", std::string(kServerStateNames[i])}});
   }
@@ -236,14 +252,13 @@ std::vector<MetricFamily> Metrics::Collect() const {
   CoreStats core;
   {
     absl::MutexLock lock(&mutex_);
-    out.Family("latentd_startup_seconds", "How long each phase of the start took.",
-               MetricType::Gauge);
+    out.Family("latentd_startup_seconds", "How long each phase of the start took.", "gauge");
     for (const auto& [phase, seconds] : startup_seconds_) out.Value(seconds, {{"phase", phase}});
     if (core_stats_) {
       Labels labels;
-      for (const auto& [name, value] : engine_labels_) labels.push_back({name, value});
+      for (const auto& [name, value] : engine_labels_) labels.emplace_back(name, value);
       out.Family("latentd_cache_config_info",
-                 "Constant 1; the labels describe engine and KV cache.", MetricType::Gauge)
+                 "Constant 1; the labels describe engine and KV cache.", "gauge")
           .Value(1, labels);
       core = core_stats_();
     }
@@ -267,7 +282,7 @@ std::vector<MetricFamily> Metrics::Collect() const {
   out.Counter("latentd_generation_tokens_total", "Tokens drawn.", generation_tokens_);
 
   out.Family("latentd_requests_total", "Generating calls that ended, by method, code and finish.",
-             MetricType::Counter);
+             "counter");
   for (size_t method = 0; method < kMethods.size(); ++method) {
     for (int code = 0; code < kNumCodes; ++code) {
       for (size_t finish = 0; finish < kFinishReasons.size(); ++finish) {
@@ -287,7 +302,7 @@ std::vector<MetricFamily> Metrics::Collect() const {
     }
   }
   out.Family("latentd_admission_rejections_total", "Calls refused at the door, by reason.",
-             MetricType::Counter);
+             "counter");
   {
     absl::MutexLock lock(&mutex_);
     for (const auto& [reason, count] : rejections_) {
@@ -318,12 +333,6 @@ std::vector<MetricFamily> Metrics::Collect() const {
                    request_generation_tokens_);
   CollectProcess(start_, &out);
   return out.Take();
-}
-
-std::string Metrics::Text() const {
-  std::ostringstream text;
-  prometheus::TextSerializer().Serialize(text, Collect());
-  return std::move(text).str();
 }
 
 }  // namespace latentd

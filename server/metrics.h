@@ -15,8 +15,6 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "absl/types/span.h"
-#include "prometheus/collectable.h"
-#include "prometheus/metric_family.h"
 #include "scheduler/engine_core.h"
 #include "server/request_observer.h"
 
@@ -34,7 +32,13 @@ class Histogram {
   explicit Histogram(absl::Span<const double> bounds);
 
   void Observe(double value, int64_t count = 1);
-  prometheus::ClientMetric::Histogram Collect() const;
+
+  struct Snapshot {
+    std::vector<double> bounds;       // the last is infinite
+    std::vector<int64_t> cumulative;  // [bounds]; observations not above each bound
+    double sum = 0;
+  };
+  Snapshot Collect() const;
 
  private:
   const std::vector<double> bounds_;
@@ -42,11 +46,15 @@ class Histogram {
   std::atomic<double> sum_{0};
 };
 
-// Every metric of the daemon. Observers only count; names, help and series are made in Collect(),
+// Every metric of the daemon. Observers only count; names, help and series are written in Text(),
 // on the thread that scrapes. Any thread may call anything.
 //
-// To add one: a member, the place that counts it, and its line in Collect().
-class Metrics final : public RequestObserver, public prometheus::Collectable {
+// Written out by ourselves: an observation through prometheus-cpp takes a lock, on the core thread
+// too, and the distribution has it as a shared object only. The format is a page long, and promtool
+// checks it.
+//
+// To add one: a member, the place that counts it, and its line in Text().
+class Metrics final : public RequestObserver {
  public:
   // `model`: the label `model` of every series that concerns requests or the engine.
   explicit Metrics(std::string model);
@@ -71,8 +79,7 @@ class Metrics final : public RequestObserver, public prometheus::Collectable {
   void OnFirstToken(absl::Duration since_arrival) override;
   void OnTokens(absl::Duration since_last, int64_t count) override;
 
-  std::vector<prometheus::MetricFamily> Collect() const override;
-  // The text that `GET /metrics` answers with (exposition format 0.0.4).
+  // What `GET /metrics` answers with: Prometheus' text format, version 0.0.4.
   std::string Text() const;
 
  private:

@@ -20,20 +20,24 @@ namespace {
 using ::testing::HasSubstr;
 using ::testing::StartsWith;
 
-// Connects, sends `request` and returns all that comes back before the end of the connection.
-std::string Exchange(int port, const std::string& request) {
+int Connect(int port) {
   const int fd = socket(AF_INET, SOCK_STREAM, 0);
   sockaddr_in address = {};
   address.sin_family = AF_INET;
   address.sin_port = htons(static_cast<uint16_t>(port));
   address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  EXPECT_EQ(connect(fd, reinterpret_cast<sockaddr*>(&address), sizeof(address)), 0);
+  return fd;
+}
+
+// Sends `request` and returns all that comes back before the end of the connection.
+std::string Exchange(int port, const std::string& request) {
+  const int fd = Connect(port);
+  [[maybe_unused]] ssize_t n = send(fd, request.data(), request.size(), MSG_NOSIGNAL);
   std::string answer;
-  if (connect(fd, reinterpret_cast<sockaddr*>(&address), sizeof(address)) == 0) {
-    [[maybe_unused]] ssize_t n = send(fd, request.data(), request.size(), MSG_NOSIGNAL);
-    char buffer[4096];
-    while ((n = recv(fd, buffer, sizeof(buffer), 0)) > 0)
-      answer.append(buffer, static_cast<size_t>(n));
-  }
+  char buffer[4096];
+  while ((n = recv(fd, buffer, sizeof(buffer), 0)) > 0)
+    answer.append(buffer, static_cast<size_t>(n));
   close(fd);
   return answer;
 }
@@ -90,6 +94,18 @@ TEST_F(HttpTest, ASecondServerOnThePortIsRefused) {
   EXPECT_THAT(std::string(second.status().message()), HasSubstr(address));
   EXPECT_FALSE(HttpServer::Start("127.0.0.1:99999", {}).ok());
   EXPECT_FALSE(HttpServer::Start("no.such.host.invalid:80", {}).ok());
+}
+
+// More silent clients than there are places: probes still come through at once.
+TEST_F(HttpTest, SilentClientsKeepNobodyWaiting) {
+  std::vector<int> silent;
+  for (int i = 0; i < 200; ++i) silent.push_back(Connect(server_->port()));
+  const absl::Time begin = absl::Now();
+  EXPECT_THAT(Get("/ok"), StartsWith("HTTP/1.1 200 "));
+  EXPECT_LT(absl::Now() - begin, absl::Seconds(2));
+  server_.reset();  // and they do not hold up the end
+  EXPECT_LT(absl::Now() - begin, absl::Seconds(4));
+  for (const int fd : silent) close(fd);
 }
 
 TEST_F(HttpTest, ManyAtOnce) {
