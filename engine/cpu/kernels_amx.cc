@@ -30,28 +30,27 @@ struct alignas(64) TileConfig {
 };
 
 // Tiles 0..3: sums of (token tile 0 or 1) x (columns 0..15 or 16..31); 4, 5: tokens; 6, 7: weights.
-void ConfigureTiles(int rows0, int rows1) {
+//
+// Once for each thread, and for good: to configure and release the tiles around a panel took a
+// third of a small batch's time. So a token tile is always 15 rows, whatever rows of it are in use;
+// a row of a product depends on its own row alone. A thread that has used tiles costs 8 KB more
+// when it is switched, and nothing else here uses them.
+void ConfigureTiles() {
+  thread_local bool configured = false;
+  if (configured) return;
   TileConfig config;
-  for (int i = 0; i < 8; ++i) config.column_bytes[i] = 64;
-  config.rows[0] = config.rows[1] = config.rows[4] = static_cast<uint8_t>(rows0);
-  config.rows[2] = config.rows[3] = config.rows[5] = static_cast<uint8_t>(rows1);
-  config.rows[6] = config.rows[7] = 16;
-  _tile_loadconfig(&config);
-}
-
-// Tile loads hide little of the way from memory: the first token tiles of a panel fetch it ahead,
-// into the panel that follows it (a prefetch may go anywhere).
-void PrefetchWeights(const uint16_t* weights) {
-  constexpr int kAhead = 4 * 32 * kPanelCols;
-  for (int line = 0; line < 32 * kPanelCols; line += 32) {
-    _mm_prefetch(reinterpret_cast<const char*>(weights + kAhead + line), _MM_HINT_T0);
+  for (int i = 0; i < 8; ++i) {
+    config.column_bytes[i] = 64;
+    config.rows[i] = i < 6 ? kTileRows : 16;
   }
+  _tile_loadconfig(&config);
+  configured = true;
 }
 
 // sums[30, 32] = the products of up to two token tiles over k in [begin, end).
 template <bool kTwo>
 void MultiplyTiles(const uint16_t* tokens0, const uint16_t* tokens1, const uint16_t* panel,
-                   int begin, int end, bool prefetch, float* sums) {
+                   int begin, int end, float* sums) {
   _tile_zero(0);
   _tile_zero(1);
   if constexpr (kTwo) {
@@ -60,7 +59,6 @@ void MultiplyTiles(const uint16_t* tokens0, const uint16_t* tokens1, const uint1
   }
   for (int k = begin; k < end; k += 32) {
     const uint16_t* weights = panel + k * kPanelCols;
-    if (prefetch) PrefetchWeights(weights);
     _tile_loadd(6, weights, kPanelStrideBytes);
     _tile_loadd(4, tokens0 + k / 32 * kTileElements, 64);
     _tile_dpbf16ps(0, 4, 6);
@@ -97,8 +95,7 @@ void GemmTiles(const GemmPanelArgs& a, int first_row, int rows, int begin, int e
   }
   for (int group = begin; group < end; group += a.group) {
     const int group_end = group + a.group < end ? group + a.group : end;
-    MultiplyTiles<kTwo>(tokens0, tokens0 + tile_stride, a.panel_bf16, group, group_end,
-                        first_row == 0, sums);
+    MultiplyTiles<kTwo>(tokens0, tokens0 + tile_stride, a.panel_bf16, group, group_end, sums);
     for (int r = 0; r < rows; ++r) {
       for (int j = 0; j < 2; ++j) {
         const float* s = sums + 3 * r * kPanelCols + 16 * j;
@@ -129,6 +126,7 @@ void GemmTiles(const GemmPanelArgs& a, int first_row, int rows, int begin, int e
 
 void GemmPanel(const GemmPanelArgs& a) {
   if (a.panel_bf16 == nullptr) return KernelsImpl<VecAvx512>::GemmPanel(a);
+  ConfigureTiles();
   alignas(64) float partial[kMaxGemmRows * kPanelCols];
   // A part of the panel stays in the first cache while all token tiles go by: 16 KB of it, in whole
   // groups.
@@ -139,20 +137,16 @@ void GemmPanel(const GemmPanelArgs& a) {
     int end = begin + part < a.k ? begin + part : a.k;
     const int group_end = (begin / a.group + 1) * a.group;
     if (a.group > kPartK && end > group_end) end = group_end;
-    if (full_rows > 0) ConfigureTiles(kTileRows, kTileRows);
     for (int row = 0; row < full_rows; row += 2 * kSplitTokens) {
       GemmTiles<true>(a, row, 2 * kSplitTokens, begin, end, partial + row * kPanelCols);
     }
     if (rest > kSplitTokens) {
-      ConfigureTiles(kTileRows, 3 * (rest - kSplitTokens));
       GemmTiles<true>(a, full_rows, rest, begin, end, partial + full_rows * kPanelCols);
     } else if (rest > 0) {
-      ConfigureTiles(3 * rest, 3 * rest);
       GemmTiles<false>(a, full_rows, rest, begin, end, partial + full_rows * kPanelCols);
     }
     begin = end;
   }
-  _tile_release();
 }
 
 void SplitRows(const float* x, ptrdiff_t x_stride, int rows, int k, int begin_tile, int end_tile,
