@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <ostream>
 #include <string>
 #include <vector>
 
@@ -79,6 +80,8 @@ struct Case {
   SamplingParams params;
   std::vector<TokenId> suppressed;
 };
+
+void PrintTo(const Case& c, std::ostream* out) { *out << c.name; }
 
 class ChiSquareTest : public ::testing::TestWithParam<Case> {};
 
