@@ -123,6 +123,10 @@ int Main(int argc, char** argv) {
   RegisterBenchCommand(app, &exit_code);
   RegisterCheckCommand(app, &exit_code);
   RegisterConfigCommand(app);
+  if (argc > 1 && argv[1][0] != '-' && app.get_subcommand_no_throw(argv[1]) == nullptr) {
+    std::cerr << "latentd: unknown command '" << argv[1] << "'; see latentd --help" << std::endl;
+    return kServeUsage;
+  }
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
