@@ -17,7 +17,8 @@ struct EngineInfo {
   int32_t vocab_size = 0;
 };
 
-// Runs the model: FakeEngine (tests), CpuEngine (reference), CudaEngine, RemoteEngine (all ranks of a group).
+// Runs the model: FakeEngine (tests), CpuEngine (reference), CudaEngine, RemoteEngine (all ranks of
+// a group).
 class Engine {
  public:
   virtual ~Engine() = default;
@@ -25,8 +26,8 @@ class Engine {
   // Constant for the life of the engine. Any thread.
   virtual EngineInfo info() const = 0;
 
-  // Computes `plan`, fills the cache, and returns the sampled tokens. Blocks until the step is done.
-  // Called by one thread at a time.
+  // Computes `plan`, fills the cache, and returns the sampled tokens. Blocks until the step is
+  // done. Called by one thread at a time.
   //
   // After an error the contents of the cache are undefined, but the engine is not: a later plan may
   // succeed if it computes its sequences again from their first token.

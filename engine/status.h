@@ -10,10 +10,9 @@
 
 // Returns from the enclosing function when `expr` is not OK.
 //   RETURN_IF_ERROR(checkpoint->Validate(config));
-#define RETURN_IF_ERROR(expr)                                     \
-  do {                                                            \
-    if (::absl::Status latentd_status = (expr); !latentd_status.ok()) \
-      return latentd_status;                                      \
+#define RETURN_IF_ERROR(expr)                                                                \
+  do {                                                                                       \
+    if (::absl::Status latentd_status = (expr); !latentd_status.ok()) return latentd_status; \
   } while (false)
 
 // Assigns the value of a StatusOr, or returns its error.
@@ -29,12 +28,12 @@
 
 // Aborts with the place and the condition when one of our own invariants does not hold. Never for
 // what a client, a file or the network can cause: those are a Status.
-#define LATENTD_CHECK(condition)                                                            \
-  do {                                                                                      \
-    if (!(condition)) {                                                                     \
-      std::fprintf(stderr, "%s:%d: check failed: %s\n", __FILE__, __LINE__, #condition);    \
-      std::abort();                                                                         \
-    }                                                                                       \
+#define LATENTD_CHECK(condition)                                                         \
+  do {                                                                                   \
+    if (!(condition)) {                                                                  \
+      std::fprintf(stderr, "%s:%d: check failed: %s\n", __FILE__, __LINE__, #condition); \
+      std::abort();                                                                      \
+    }                                                                                    \
   } while (false)
 
 #endif  // LATENTD_ENGINE_STATUS_H_

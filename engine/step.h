@@ -40,8 +40,8 @@ struct SequenceStep {
 // What the engine shall compute in one forward pass, on all ranks.
 //
 // A plan is a value: it holds no pointers and needs no earlier plan, so it can be logged, replayed,
-// hashed and sent. Arrays are ragged, in the order of `sequences`. There is no "prefill" or "decode"
-// here: a sequence simply has tokens that are not in the cache yet.
+// hashed and sent. Arrays are ragged, in the order of `sequences`. There is no "prefill" or
+// "decode" here: a sequence simply has tokens that are not in the cache yet.
 struct StepPlan {
   int64_t step = 0;                     // 0, 1, 2, ...
   std::vector<SequenceStep> sequences;  // [num_sequences]

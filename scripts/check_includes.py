@@ -12,7 +12,7 @@ import sys
 # Folder -> what of ours it may include (prefixes). The longest matching folder decides.
 OURS = {
     'engine/': ['engine/engine.h', 'engine/step.h', 'engine/status.h', 'engine/sampling.h'],
-    'engine/model/': ['engine/status.h', 'engine/model/'],
+    'engine/model/': ['engine/status.h', 'engine/step.h', 'engine/model/'],  # step.h: what a block of the cache is
     'engine/comm/': ['engine/status.h', 'engine/model/', 'engine/comm/'],
     'engine/cpu/': ['engine/engine.h', 'engine/step.h', 'engine/status.h', 'engine/sampling.h', 'engine/model/', 'engine/comm/', 'engine/cpu/'],
     'engine/cuda/': ['engine/engine.h', 'engine/step.h', 'engine/status.h', 'engine/sampling.h', 'engine/model/', 'engine/comm/', 'engine/cuda/'],

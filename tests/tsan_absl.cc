@@ -48,8 +48,8 @@ struct AcquireAtEnd {
   ~AcquireAtEnd() { __tsan_acquire(const_cast<void*>(address)); }
 };
 
-// absl evaluates a Condition within Await() and within another thread's Unlock(), with the lock held
-// but after it was said to be released. What the condition reads there is in order.
+// absl evaluates a Condition within Await() and within another thread's Unlock(), with the lock
+// held but after it was said to be released. What the condition reads there is in order.
 class IgnoreConditions {
  public:
   IgnoreConditions() {
