@@ -147,12 +147,18 @@ def sanitized(directory: str, kind: str, label: str, env) -> Tally:
     return ctest(directory, label, '-LE', 'golden|speed', env=env)
 
 
-def step_asan(_) -> Tally:
-    return sanitized('build-asan', 'address', 'asan', {
-        'ASAN_OPTIONS': 'detect_stack_use_after_return=1:strict_string_checks=1',
-        'UBSAN_OPTIONS': 'print_stacktrace=1',
-        'LSAN_OPTIONS': f'suppressions={ROOT}/scripts/lsan.supp:print_suppressions=0',
-    })
+ASAN = {
+    'ASAN_OPTIONS': 'detect_stack_use_after_return=1:strict_string_checks=1',
+    'UBSAN_OPTIONS': 'print_stacktrace=1',
+    'LSAN_OPTIONS': f'suppressions={ROOT}/scripts/lsan.supp:print_suppressions=0',
+}
+
+
+def step_asan(options) -> Tally:
+    tally = sanitized('build-asan', 'address', 'asan', ASAN)
+    if options.full and (ROOT / 'build-asan' / 'latentd').exists():
+        tally.add(e2e('build-asan/latentd', 'e2e-asan', False, ASAN))
+    return tally
 
 
 def step_tsan(_) -> Tally:
@@ -175,18 +181,18 @@ def step_fuzz(options) -> Tally:
 # ---- end to end ------------------------------------------------------------------------------------------
 
 
-def step_e2e(options) -> Tally:
-    if options.tools_process:
-        options.tools_process.wait()
-    report = ROOT / 'build' / 'e2e.xml'
+def e2e(binary: str, label: str, full: bool, env=None) -> Tally:
+    """The tests of tests/e2e against one build of the program."""
+    report = ROOT / 'build' / f'{label}.xml'
     report.unlink(missing_ok=True)
     run([sys.executable, '-m', 'pytest', '-q', '-rs', '-p', 'no:cacheprovider', f'--junitxml={report}', 'tests/e2e'],
-        ROOT / 'build' / 'log' / 'e2e.log', tail=120, timeout=3600 if options.full else 600)
+        ROOT / 'build' / 'log' / f'{label}.log', tail=120, timeout=2 * 3600 if full else 900,
+        env={'LATENTD_BINARY': str(ROOT / binary), 'PYTHONDONTWRITEBYTECODE': '1', **(env or {})})
     if not report.exists():
-        return Tally(failed=['e2e: pytest'])
+        return Tally(failed=[f'{label}: pytest'])
     tally = Tally()
     for case in ET.parse(report).iter('testcase'):
-        name = f'e2e: {case.get("classname").removeprefix("tests.e2e.")}::{case.get("name")}'
+        name = f'{label}: {case.get("classname").removeprefix("tests.e2e.")}::{case.get("name")}'
         skipped = case.find('skipped')
         if case.find('failure') is not None or case.find('error') is not None:
             tally.failed.append(name)
@@ -195,6 +201,12 @@ def step_e2e(options) -> Tally:
         else:
             tally.passed += 1
     return tally
+
+
+def step_e2e(options) -> Tally:
+    if options.tools_process:
+        options.tools_process.wait()
+    return e2e('build/latentd', 'e2e', options.full)
 
 
 STEPS = {
@@ -213,7 +225,7 @@ STEPS = {
 def main() -> int:
     parser = argparse.ArgumentParser(prog='scripts/test', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('steps', nargs='*', metavar='step', help=f'run only these: {", ".join(STEPS)}')
-    parser.add_argument('--full', action='store_true', help='the long forms: more random steps, 10 minutes a fuzz target, a soak')
+    parser.add_argument('--full', action='store_true', help='the long forms: more random steps, 10 minutes a fuzz target, a soak; e2e under ASan')
     options = parser.parse_args()
     for step in options.steps:
         if step not in STEPS:
