@@ -124,7 +124,8 @@ int Main(int argc, char** argv) {
   RegisterBenchCommand(app, &exit_code);
   RegisterCheckCommand(app, &exit_code);
   RegisterConfigCommand(app);
-  if (argc > 1 && argv[1][0] != '-' && app.get_subcommand_no_throw(argv[1]) == nullptr) {
+  const auto is_named = [argv](const CLI::App* command) { return command->get_name() == argv[1]; };
+  if (argc > 1 && argv[1][0] != '-' && app.get_subcommands(is_named).empty()) {
     std::cerr << "latentd: unknown command '" << argv[1] << "'; see latentd --help" << std::endl;
     return kServeUsage;
   }
