@@ -11,10 +11,12 @@ set(CMAKE_EXPORT_COMPILE_COMMANDS ON)
 # Line tables make a crash report readable and cost no speed.
 set(CMAKE_CXX_FLAGS_RELEASE "-O2 -g1")
 
+# Paths relative to the checkout: another clone of it finds the same objects.
 find_program(CCACHE ccache)
 if(CCACHE)
-  set(CMAKE_CXX_COMPILER_LAUNCHER ${CCACHE})
-  set(CMAKE_C_COMPILER_LAUNCHER ${CCACHE})
+  set(CMAKE_CXX_COMPILER_LAUNCHER
+    ${CMAKE_COMMAND} -E env CCACHE_BASEDIR=${CMAKE_SOURCE_DIR} CCACHE_NOHASHDIR=1 ${CCACHE})
+  set(CMAKE_C_COMPILER_LAUNCHER ${CMAKE_CXX_COMPILER_LAUNCHER})
 endif()
 find_program(MOLD mold)
 if(MOLD)
