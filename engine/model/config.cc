@@ -308,8 +308,9 @@ absl::Status ReadRope(JsonFields& fields, ModelConfig& config) {
     rope.Refuse(type_name, "\"yarn\" or \"default\"");
   }
   RETURN_IF_ERROR(rope.status());
-  for (std::string& unknown : rope.UnknownFields())
+  for (std::string& unknown : rope.UnknownFields()) {
     config.unknown_fields.push_back(std::move(unknown));
+  }
   return fields.status();
 }
 
@@ -379,8 +380,9 @@ absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view json) {
   RETURN_IF_ERROR(ReadRope(fields, config));
   RETURN_IF_ERROR(ReadQuantization(fields, config));
   RETURN_IF_ERROR(fields.status());
-  for (std::string& unknown : fields.UnknownFields())
+  for (std::string& unknown : fields.UnknownFields()) {
     config.unknown_fields.push_back(std::move(unknown));
+  }
   return config;
 }
 

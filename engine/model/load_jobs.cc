@@ -41,16 +41,22 @@ class LoadRun {
     const auto finished = [this, num_threads]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
       return num_finished_ == num_threads;
     };
-    absl::MutexLock lock(&mutex_);
-    while (!mutex_.AwaitWithTimeout(absl::Condition(&finished), kReportInterval)) {
-      const uint64_t bytes = done_bytes_;
-      mutex_.Unlock();
-      if (progress && bytes != reported_bytes && bytes < total_bytes) progress(bytes, total_bytes);
+    for (bool done = false; !done;) {
+      uint64_t bytes = 0;
+      absl::Status status;
+      {
+        absl::MutexLock lock(&mutex_);
+        done = mutex_.AwaitWithTimeout(absl::Condition(&finished), kReportInterval);
+        bytes = done_bytes_;
+        status = status_;
+      }
+      if (done && !status.ok()) return status;
+      // The total is reported once, at the end.
+      const bool news = done || (bytes != reported_bytes && bytes < total_bytes);
+      if (progress && news) progress(done ? total_bytes : bytes, total_bytes);
       reported_bytes = bytes;
-      mutex_.Lock();
     }
-    if (progress && status_.ok()) progress(total_bytes, total_bytes);
-    return status_;
+    return absl::OkStatus();
   }
 
  private:
