@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <memory>
 
 #include "absl/time/time.h"
@@ -21,6 +20,8 @@ constexpr size_t kQueueRecords = 8192;
 constexpr char kFormatted = '\x1e';
 
 std::atomic<LogFormat> g_format{LogFormat::kText};
+std::shared_ptr<spdlog::details::thread_pool>
+    g_writer;  // of InitLogging() and ShutdownLogging() alone
 
 std::string JsonString(std::string_view text) {
   return nlohmann::json(text).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
@@ -113,21 +114,22 @@ void LogEvent(spdlog::level::level_enum level, std::string_view message,
 
 void InitLogging(LogFormat format, std::string_view level) {
   g_format = format;
-  spdlog::init_thread_pool(kQueueRecords, 1);
-  auto logger = std::make_shared<spdlog::async_logger>(
-      "latentd", std::make_shared<spdlog::sinks::stderr_sink_mt>(), spdlog::thread_pool(),
+  g_writer = std::make_shared<spdlog::details::thread_pool>(kQueueRecords, 1);
+  // Never destroyed: a thread that the end of the process does not wait for may still hold it.
+  static auto* const logger = new std::shared_ptr<spdlog::async_logger>();
+  *logger = std::make_shared<spdlog::async_logger>(
+      "latentd", std::make_shared<spdlog::sinks::stderr_sink_mt>(), g_writer,
       spdlog::async_overflow_policy::overrun_oldest);
-  logger->set_formatter(std::make_unique<RecordFormatter>(format));
-  logger->set_level(spdlog::level::from_str(std::string(level)));
-  logger->flush_on(spdlog::level::warn);
-  spdlog::set_default_logger(logger);
-  spdlog::flush_every(std::chrono::seconds(1));
+  (*logger)->set_formatter(std::make_unique<RecordFormatter>(format));
+  (*logger)->set_level(spdlog::level::from_str(std::string(level)));
+  spdlog::set_default_logger(*logger);
   gpr_set_log_function(LogGrpc);
 }
 
 void ShutdownLogging() {
   gpr_set_log_function(nullptr);
-  spdlog::shutdown();
+  spdlog::default_logger_raw()->set_level(spdlog::level::off);
+  g_writer.reset();  // writes what is queued, then joins
 }
 
 }  // namespace latentd
