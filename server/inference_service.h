@@ -47,7 +47,8 @@ class InferenceService {
   grpc::Service* grpc_service();
 
   // From now on calls are served. `core` must be made with HandleEvents as its on_events, and must
-  // live until the gRPC server is shut down. Call once.
+  // outlive the service: a call that was cancelled while a worker prepared it cancels in the core
+  // after the gRPC server is done with it. Call once.
   void SetServing(std::shared_ptr<const ServedModel> model, EngineCore* core);
 
   // EngineCore::Callbacks::on_events.

@@ -167,6 +167,7 @@ Server::Server(const ServeConfig& config, ModelPath model)
 Server::~Server() {
   Stop(absl::ZeroDuration());
   if (loader_.joinable()) loader_.join();
+  if (core_) core_->Stop();  // its events go to the service, which is destroyed first
 }
 
 absl::StatusOr<std::unique_ptr<Server>> Server::Start(const ServeConfig& config, ModelPath model,

@@ -79,10 +79,10 @@ class Server {
 
   Metrics metrics_;
   std::unique_ptr<Observer> observer_;
+  std::unique_ptr<Engine> engine_;
+  std::unique_ptr<EngineCore> core_;  // outlives the service, whose last calls may cancel in it
   InferenceService service_;
   HealthService health_;
-  std::unique_ptr<Engine> engine_;
-  std::unique_ptr<EngineCore> core_;
   std::atomic<EngineCore*> running_core_{nullptr};  // for the watchdog
   std::unique_ptr<Watchdog> watchdog_;
   std::unique_ptr<HttpServer> http_;

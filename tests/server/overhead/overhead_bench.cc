@@ -80,18 +80,20 @@ int Serve(const BenchOptions& options) {
   NoObserver observer;
   ServiceOptions service_options;
   service_options.num_output_threads = options.output_threads;
+  std::unique_ptr<EngineCore> core;  // outlives the service
   InferenceService service(service_options, &observer);
-  EngineCore core({.max_step_tokens = info.max_step_tokens,
-                   .max_running = options.streams,
-                   .max_waiting = options.streams,
-                   .prefix_caching = true},
-                  &engine,
-                  {.on_events =
-                       [&service](std::vector<SequenceEvent> events) {
-                         service.HandleEvents(std::move(events));
-                       },
-                   .on_step = nullptr});
-  service.SetServing(model, &core);
+  core = std::make_unique<EngineCore>(
+      SchedulerConfig{.max_step_tokens = info.max_step_tokens,
+                      .max_running = options.streams,
+                      .max_waiting = options.streams,
+                      .prefix_caching = true},
+      &engine,
+      EngineCore::Callbacks{.on_events =
+                                [&service](std::vector<SequenceEvent> events) {
+                                  service.HandleEvents(std::move(events));
+                                },
+                            .on_step = nullptr});
+  service.SetServing(model, core.get());
   grpc::ServerBuilder builder;
   int port = 0;
   builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
@@ -101,7 +103,7 @@ int Serve(const BenchOptions& options) {
   std::cin.get();
   server->Shutdown(std::chrono::system_clock::now());
   server->Wait();
-  core.Stop();
+  core->Stop();
   return 0;
 }
 

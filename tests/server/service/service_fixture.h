@@ -75,8 +75,8 @@ class ServiceUnderTest {
  private:
   const Options options_;
   RecordingObserver observer_;
+  std::unique_ptr<EngineCore> core_;  // outlives the service
   std::unique_ptr<InferenceService> service_;
-  std::unique_ptr<EngineCore> core_;
   std::unique_ptr<grpc::Server> server_;
   std::string address_;
   std::unique_ptr<v1::InferenceService::Stub> stub_;
