@@ -3,6 +3,8 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <atomic>
+#include <atomic>
 #include <csignal>
 #include <thread>
 
@@ -97,7 +99,7 @@ TEST(InterruptsTest, PendingUntilCleared) {
 
 TEST(InterruptsTest, OnInterruptActsOnceOrNever) {
   Interrupts interrupts;
-  int calls = 0;
+  std::atomic<int> calls = 0;
   {
     const OnInterrupt never(interrupts, [&] { ++calls; });
   }
