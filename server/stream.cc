@@ -11,6 +11,8 @@
 namespace latentd {
 namespace {
 
+constexpr absl::Duration kDeadlineRounding = absl::Milliseconds(10);
+
 // Joined text is sent in messages of about this size, far below any client's limit.
 constexpr size_t kMaxJoinedBytes = 64 << 10;
 
@@ -128,8 +130,9 @@ void GenerationCall::OnFailed(const absl::Status& status) {
 }
 
 void GenerationCall::Cancelled() {
-  // gRPC says only that it is over. An expired deadline is the one reason that we can tell.
-  if (absl::Now() >= deadline_) {
+  // gRPC says only that it is over. An expired deadline is the one reason that we can tell; the
+  // client's own clock sees it first, as what is sent of it is rounded up.
+  if (absl::Now() + kDeadlineRounding >= deadline_) {
     Abort(MakeError(absl::StatusCode::kDeadlineExceeded, "DEADLINE_EXCEEDED",
                     "the call's deadline has passed"));
   } else {

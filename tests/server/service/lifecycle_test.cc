@@ -120,7 +120,7 @@ TEST_P(EndingTest, WhileItRuns) {
   ExpectFreeAtNextStep();
   const RequestRecord record = under_test_.observer().AwaitFinished(1);
   EXPECT_EQ(record.code, expected_code());
-  EXPECT_EQ(record.completion_tokens, 3);
+  EXPECT_LE(record.completion_tokens, 3);  // those that the output threads had come to
   EXPECT_EQ(record.finish_reason, "");
 }
 
