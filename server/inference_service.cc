@@ -322,6 +322,7 @@ absl::Status InferenceService::Impl::Submit(const std::shared_ptr<GenerationCall
   request.core.id = id;
   OutputOf(id).Add(id, std::move(request.answer), call, call->arrival(),
                    call->arrival() + request.queue_timeout);
+  call->Submitting(id);
   if (absl::Status status = core_.load()->Submit(std::move(request.core)); !status.ok()) {
     OutputOf(id).Remove(id);
     return status;

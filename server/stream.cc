@@ -94,13 +94,13 @@ void GenerationCall::Begin(const GenerationRequest& request, const std::string& 
   metadata_ = request.metadata;
 }
 
+void GenerationCall::Submitting(RequestId id) {
+  absl::MutexLock lock(&mutex_);
+  id_ = id;
+}
+
 void GenerationCall::Submitted(RequestId id) {
-  {
-    absl::MutexLock lock(&mutex_);
-    id_ = id;
-    if (!end_) return;
-  }
-  host_->CancelRequest(id);
+  if (ended()) host_->CancelRequest(id);
 }
 
 void GenerationCall::Refuse(const absl::Status& status) {

@@ -39,7 +39,7 @@ class CallHost {
 // client, the deadline, a failing core, the daemon. The first end counts. Thread-safe.
 //
 //   gRPC thread    constructs it, tells it that the client has gone
-//   worker thread  Begin, Submitted, or Refuse
+//   worker thread  Begin, Submitting, Submitted, or Refuse
 //   output thread  AnswerSink's methods
 //
 // Memory: held by itself until gRPC is done with it (OnDone), and by whoever of these works on it.
@@ -53,6 +53,8 @@ class GenerationCall : public AnswerSink, public std::enable_shared_from_this<Ge
 
   // The request has been checked; `model_name` is the served model's.
   void Begin(const GenerationRequest& request, const std::string& model_name);
+  // It goes to the core under this id; from now on the end of the call cancels it there.
+  void Submitting(RequestId id);
   // The core has taken it. Cancels it at once when the call has ended meanwhile.
   void Submitted(RequestId id);
   // It never reached the core.
