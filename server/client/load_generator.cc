@@ -67,7 +67,9 @@ struct Call {
   grpc::ClientContext context;
   std::unique_ptr<grpc::GenericClientAsyncReaderWriter> stream;
   std::unique_ptr<grpc::GenericClientAsyncResponseReader> unary;
-  State state = State::kSending;
+  // Stored with release by the thread that sends and read with acquire by the queue's: what the
+  // sender wrote is seen without a look into gRPC's own locks.
+  std::atomic<State> state = State::kSending;
   grpc::ByteBuffer buffer;
   grpc::Status status;
   Clock::time_point due, first, last;  // first and last delta
@@ -132,11 +134,12 @@ class LoadGenerator::Worker {
       num_sent.fetch_add(1, std::memory_order_relaxed);
       // Under the lock: a call that can be found can be cancelled.
       if (options_.unary) {
-        tag->state = Call::State::kFinishing;
         tag->unary->StartCall();
+        tag->state.store(Call::State::kFinishing, std::memory_order_release);
         tag->unary->Finish(&tag->buffer, &tag->status, tag);
       } else {
         tag->stream->StartCall(nullptr);
+        tag->state.store(Call::State::kSending, std::memory_order_release);
         tag->stream->WriteLast(item.request, grpc::WriteOptions(), tag);
       }
     }
@@ -175,16 +178,17 @@ class LoadGenerator::Worker {
   }
 
   void Advance(Call* call, bool ok) {
-    if (call->state == Call::State::kFinishing) {
+    const Call::State state = call->state.load(std::memory_order_acquire);
+    if (state == Call::State::kFinishing) {
       End(call);
       return;
     }
-    if (ok && call->state == Call::State::kReading) ok = Receive(*call);
+    if (ok && state == Call::State::kReading) ok = Receive(*call);
     if (ok) {
-      call->state = Call::State::kReading;
+      call->state.store(Call::State::kReading, std::memory_order_relaxed);
       call->stream->Read(&call->buffer, call);
     } else {
-      call->state = Call::State::kFinishing;
+      call->state.store(Call::State::kFinishing, std::memory_order_relaxed);
       call->stream->Finish(&call->status, call);
     }
   }
