@@ -13,10 +13,10 @@
 #include "engine/cpu/cpu_model.h"
 #include "engine/cpu/forward.h"
 #include "engine/cpu/kernels.h"
-#include "engine/cpu/plan_check.h"
 #include "engine/cpu/sampler.h"
 #include "engine/cpu/thread_pool.h"
 #include "engine/model/host_memory.h"
+#include "engine/plan_check.h"
 #include "engine/status.h"
 
 namespace latentd {

@@ -7,9 +7,9 @@
 
 #include "absl/status/statusor.h"
 #include "engine/cpu/packed_matrix.h"
-#include "engine/cpu/rope.h"
 #include "engine/cpu/thread_pool.h"
 #include "engine/model/config.h"
+#include "engine/model/rope.h"
 #include "engine/model/weights.h"
 
 namespace latentd {

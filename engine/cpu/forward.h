@@ -12,8 +12,8 @@
 #include "engine/cpu/kernels.h"
 #include "engine/cpu/moe.h"
 #include "engine/cpu/thread_pool.h"
-#include "engine/cpu/trace_sink.h"
 #include "engine/step.h"
+#include "engine/trace_sink.h"
 
 namespace latentd {
 

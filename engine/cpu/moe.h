@@ -7,7 +7,7 @@
 #include "engine/cpu/aligned.h"
 #include "engine/cpu/cpu_model.h"
 #include "engine/cpu/gemm.h"
-#include "engine/cpu/trace_sink.h"
+#include "engine/trace_sink.h"
 
 namespace latentd {
 

@@ -13,11 +13,11 @@
 #include "engine/cpu/forward.h"
 #include "engine/cpu/kernels.h"
 #include "engine/cpu/thread_pool.h"
-#include "engine/cpu/trace_sink.h"
 #include "engine/model/config.h"
 #include "engine/model/safetensors.h"
 #include "engine/model/weights.h"
 #include "engine/step.h"
+#include "engine/trace_sink.h"
 
 namespace latentd {
 

@@ -4,8 +4,8 @@
 #include <cmath>
 #include <numeric>
 
-#include "engine/cpu/rope.h"
 #include "engine/model/quantization.h"
+#include "engine/model/rope.h"
 
 namespace latentd {
 namespace {

@@ -1,5 +1,5 @@
-#ifndef LATENTD_ENGINE_CPU_TRACE_SINK_H_
-#define LATENTD_ENGINE_CPU_TRACE_SINK_H_
+#ifndef LATENTD_ENGINE_TRACE_SINK_H_
+#define LATENTD_ENGINE_TRACE_SINK_H_
 
 #include <cstddef>
 #include <cstdint>
@@ -24,4 +24,4 @@ class TraceSink {
 
 }  // namespace latentd
 
-#endif  // LATENTD_ENGINE_CPU_TRACE_SINK_H_
+#endif  // LATENTD_ENGINE_TRACE_SINK_H_

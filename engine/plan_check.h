@@ -1,5 +1,5 @@
-#ifndef LATENTD_ENGINE_CPU_PLAN_CHECK_H_
-#define LATENTD_ENGINE_CPU_PLAN_CHECK_H_
+#ifndef LATENTD_ENGINE_PLAN_CHECK_H_
+#define LATENTD_ENGINE_PLAN_CHECK_H_
 
 #include <cstdint>
 #include <vector>
@@ -33,4 +33,4 @@ class PlanCheck {
 
 }  // namespace latentd
 
-#endif  // LATENTD_ENGINE_CPU_PLAN_CHECK_H_
+#endif  // LATENTD_ENGINE_PLAN_CHECK_H_

@@ -1,5 +1,5 @@
-#ifndef LATENTD_ENGINE_CPU_ROPE_H_
-#define LATENTD_ENGINE_CPU_ROPE_H_
+#ifndef LATENTD_ENGINE_MODEL_ROPE_H_
+#define LATENTD_ENGINE_MODEL_ROPE_H_
 
 #include <cstdint>
 #include <vector>
@@ -18,6 +18,9 @@ class Rope {
   // in `out` they are halves. Not in place.
   void Apply(const float* x, int32_t position, float* out) const;
 
+  const std::vector<float>& cos() const { return cos_; }  // [num_positions, dim / 2]
+  const std::vector<float>& sin() const { return sin_; }  // [num_positions, dim / 2]
+
  private:
   int half_;  // dim / 2
   bool interleave_;
@@ -27,4 +30,4 @@ class Rope {
 
 }  // namespace latentd
 
-#endif  // LATENTD_ENGINE_CPU_ROPE_H_
+#endif  // LATENTD_ENGINE_MODEL_ROPE_H_

@@ -1,4 +1,4 @@
-#include "engine/cpu/plan_check.h"
+#include "engine/plan_check.h"
 
 #include <cmath>
 

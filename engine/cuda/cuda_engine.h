@@ -1,0 +1,85 @@
+#ifndef LATENTD_ENGINE_CUDA_CUDA_ENGINE_H_
+#define LATENTD_ENGINE_CUDA_CUDA_ENGINE_H_
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "engine/engine.h"
+#include "engine/model/config.h"
+#include "engine/model/weights.h"
+#include "engine/trace_sink.h"
+
+namespace latentd {
+
+struct CudaEngineOptions {
+  int32_t device = 0;
+  int32_t rank = 0;                // named in errors
+  int32_t num_blocks = 0;          // KV cache blocks; 0: all that fit beside the rest
+  int32_t max_step_tokens = 8192;  // >= 1
+  int32_t max_sequences = 256;     // >= 1
+  int32_t max_model_len = 0;       // 0: max_position_embeddings, or what the cache holds
+  int32_t max_graph_sequences =
+      256;  // decode steps of up to so many sequences run as captured graphs; 0: none
+  bool batch_invariant = false;  // a sequence's tokens do not depend on the others; slower (README)
+  TraceSink* trace = nullptr;    // for tests: steps run without graphs and report their tensors
+};
+
+// What the engine takes of the GPU's memory, in bytes.
+struct CudaMemoryPlan {
+  uint64_t weights = 0;
+  uint64_t workspace = 0;  // activations, the libraries' scratch memory
+  uint64_t graphs = 0;     // an estimate
+  uint64_t reserve = 0;    // context, and room for the allocator
+  uint64_t cache_per_block = 0;
+  int32_t num_blocks = 0;
+
+  uint64_t total() const {
+    return weights + workspace + graphs + reserve +
+           cache_per_block * static_cast<uint64_t>(num_blocks);
+  }
+  std::string ToString() const;  // a table to print, lines ending in '\n'
+};
+
+// From the config alone: no GPU is touched. `memory_bytes`: what the GPU has free.
+// RESOURCE_EXHAUSTED, with the numbers, when the model does not fit; INVALID_ARGUMENT when an
+// option is out of range.
+absl::StatusOr<CudaMemoryPlan> PlanCudaMemory(const ModelConfig& config,
+                                              const CudaEngineOptions& options,
+                                              uint64_t memory_bytes);
+
+// One rank of the model on a Hopper GPU.
+class CudaEngine : public Engine {
+ public:
+  // Called once, before anything large is allocated.
+  using OnPlan = std::function<void(const CudaMemoryPlan&)>;
+
+  // UNAVAILABLE without a driver or a GPU of compute capability 9.0, RESOURCE_EXHAUSTED when the
+  // model does not fit.
+  static absl::StatusOr<std::unique_ptr<CudaEngine>> Create(
+      const ModelConfig& config, const std::filesystem::path& dir, LoadFormat format,
+      const CudaEngineOptions& options, const OnPlan& on_plan, const LoadProgress& progress);
+
+  // True once CUDA has failed in a way that only a new process mends: every Execute() fails from
+  // then on. Any thread.
+  virtual bool lost() const = 0;
+
+  // Seconds that the GPU stood idle between the end of the last step and the begin of this one, and
+  // that this step took; of the last Execute(). The thread of Execute().
+  struct StepTimes {
+    double idle_s = 0;
+    double busy_s = 0;
+    bool graph = false;
+  };
+  virtual StepTimes last_step() const = 0;
+};
+
+// The names of the GPUs that the driver shows; empty without a driver.
+int CudaDeviceCount();
+
+}  // namespace latentd
+
+#endif  // LATENTD_ENGINE_CUDA_CUDA_ENGINE_H_
