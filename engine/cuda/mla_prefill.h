@@ -1,5 +1,5 @@
-#ifndef LATENTD_ENGINE_CUDA_KERNELS_MLA_PREFILL_H_
-#define LATENTD_ENGINE_CUDA_KERNELS_MLA_PREFILL_H_
+#ifndef LATENTD_ENGINE_CUDA_MLA_PREFILL_H_
+#define LATENTD_ENGINE_CUDA_MLA_PREFILL_H_
 
 #include <cuda_bf16.h>
 #include <cuda_runtime_api.h>
@@ -59,4 +59,4 @@ class MlaPrefill {
 
 }  // namespace latentd
 
-#endif  // LATENTD_ENGINE_CUDA_KERNELS_MLA_PREFILL_H_
+#endif  // LATENTD_ENGINE_CUDA_MLA_PREFILL_H_
