@@ -6,6 +6,8 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <string_view>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "engine/engine.h"
@@ -52,6 +54,10 @@ absl::StatusOr<CudaMemoryPlan> PlanCudaMemory(const ModelConfig& config,
                                               uint64_t memory_bytes);
 
 // One rank of the model on a Hopper GPU.
+//
+// Execute() fails with UNAVAILABLE, naming rank and call, when CUDA does; with INTERNAL, naming the
+// sequence, for a logit that is not finite; with INVALID_ARGUMENT for a plan that PlanCheck refuses
+// or that has more suppressed tokens than max(vocab_size, 256 * max_sequences).
 class CudaEngine : public Engine {
  public:
   // Called once, before anything large is allocated.
@@ -75,9 +81,21 @@ class CudaEngine : public Engine {
     bool graph = false;
   };
   virtual StepTimes last_step() const = 0;
+
+  // Executes `plan` with timestamps between its kernels, and says where the time went, families in
+  // the order of their first kernel. Pure decode runs as a graph made for this call, everything else
+  // launch by launch. A timestamp keeps a kernel from beginning before the one ahead of it has
+  // ended, so the sum exceeds StepTimes::busy_s. For benchmarks: takes a fraction of a second. The
+  // thread of Execute().
+  struct FamilyTime {
+    std::string_view family;  // "experts", "attention", ...
+    double seconds = 0;
+    int intervals = 0;  // between timestamps, about one a kernel
+  };
+  virtual absl::StatusOr<std::vector<FamilyTime>> Profile(const StepPlan& plan) = 0;
 };
 
-// The names of the GPUs that the driver shows; empty without a driver.
+// How many GPUs the driver shows; 0 without a driver.
 int CudaDeviceCount();
 
 }  // namespace latentd
