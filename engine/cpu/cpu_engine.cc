@@ -153,7 +153,8 @@ absl::StatusOr<std::unique_ptr<CpuEngine>> CpuEngine::Create(const ModelConfig& 
 
   auto pool = std::make_unique<ThreadPool>(options.num_threads > 0 ? options.num_threads
                                                                    : NumAvailableCpus());
-  ASSIGN_OR_RETURN(auto model, CpuModel::Build(config, weights, max_model_len, *pool));
+  ASSIGN_OR_RETURN(auto model, CpuModel::Build(config, weights, max_model_len, *pool,
+                                               options.quantize_activations));
   const EngineInfo info{.num_blocks = options.num_blocks,
                         .num_dp_ranks = 1,
                         .max_step_tokens = options.max_step_tokens,

@@ -17,6 +17,10 @@ struct CpuEngineOptions {
   int32_t max_step_tokens = 2048;  // >= 1
   int32_t max_sequences = 256;     // >= 1
   int32_t max_model_len = 0;       // 0: max_position_embeddings; never more than that
+  // Rounds the inputs of FP8 projections to FP8 as a GPU's FP8 products have them: a scale for each
+  // token and block_cols columns. All but kv_b_proj, which the absorbed form multiplies in f32.
+  // Nothing changes for weights that are not FP8. For comparisons: slower, and less exact.
+  bool quantize_activations = false;
 };
 
 // The model on the CPU in fp32: the reference of every other engine, and the embedded default.

@@ -21,21 +21,31 @@ MatrixPart Whole(const LinearWeight& linear) {
 // Packs matrices and remembers whether memory ran out.
 class Packer {
  public:
-  Packer(CpuModel& model, ThreadPool& pool) : model_(model), pool_(pool) {}
+  Packer(CpuModel& model, ThreadPool& pool, bool quantize_activations)
+      : model_(model), pool_(pool), quantize_activations_(quantize_activations) {}
 
   PackedMatrix operator()(const std::vector<MatrixPart>& parts) {
     PackedMatrix m = Pack(parts, model_.config.quantization, pool_, model_.arena);
     ok_ = ok_ && (m.bf16 != nullptr || m.f32 != nullptr);
     return m;
   }
-  PackedMatrix operator()(const LinearWeight& linear) { return (*this)({Whole(linear)}); }
+  // The same for a projection of activations, which are rounded to FP8 for FP8 weights if wanted.
+  PackedMatrix Projection(const std::vector<MatrixPart>& parts) {
+    PackedMatrix m = (*this)(parts);
+    if (quantize_activations_ && parts[0].linear->weight.dtype == DType::kF8E4M3) {
+      const Fp8Quantization& fp8 = *model_.config.quantization;
+      m.quantize_input = {.group = fp8.block_cols, .power_of_two_scales = fp8.power_of_two_scales};
+    }
+    return m;
+  }
+  PackedMatrix operator()(const LinearWeight& linear) { return Projection({Whole(linear)}); }
   PackedMatrix operator()(const TensorView& tensor) {
     const LinearWeight linear{.weight = tensor, .scale_inv = {}, .bias = {}};
     return (*this)(linear);
   }
   PackedMlp operator()(const MlpWeights& mlp) {
     if (mlp.gate_proj.weight.empty()) return {};  // n_shared_experts 0
-    return {.gate_up = (*this)({Whole(mlp.gate_proj), Whole(mlp.up_proj)}),
+    return {.gate_up = Projection({Whole(mlp.gate_proj), Whole(mlp.up_proj)}),
             .down = (*this)(mlp.down_proj),
             .width = static_cast<int>(mlp.gate_proj.weight.shape[0])};
   }
@@ -44,6 +54,7 @@ class Packer {
  private:
   CpuModel& model_;
   ThreadPool& pool_;
+  const bool quantize_activations_;
   bool ok_ = true;
 };
 
@@ -95,11 +106,12 @@ uint64_t MlpBytes(const MlpWeights& mlp) {
 
 absl::StatusOr<std::unique_ptr<CpuModel>> CpuModel::Build(const ModelConfig& config,
                                                           const ModelWeights& weights,
-                                                          int32_t num_positions, ThreadPool& pool) {
+                                                          int32_t num_positions, ThreadPool& pool,
+                                                          bool quantize_activations) {
   auto model = std::make_unique<CpuModel>();
   model->config = config;
   model->weights = weights;
-  Packer pack(*model, pool);
+  Packer pack(*model, pool, quantize_activations);
   for (int32_t i = 0; i < config.num_hidden_layers; ++i) {
     model->layers.push_back(PackLayer(config, weights.layers[i], config.is_moe_layer(i), pack));
     if (!pack.ok()) break;

@@ -50,9 +50,11 @@ struct CpuModel {
   Arena arena;
 
   // RESOURCE_EXHAUSTED when the system has no memory. `num_positions`: for the RoPE table.
+  // `quantize_activations`: see CpuEngineOptions.
   static absl::StatusOr<std::unique_ptr<CpuModel>> Build(const ModelConfig& config,
                                                          const ModelWeights& weights,
-                                                         int32_t num_positions, ThreadPool& pool);
+                                                         int32_t num_positions, ThreadPool& pool,
+                                                         bool quantize_activations = false);
 
   // Bytes that Build takes on top of the checkpoint's own pages.
   static uint64_t NumBytes(const ModelConfig& config, const ModelWeights& weights,

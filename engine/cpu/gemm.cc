@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "engine/cpu/quantize_row.h"
+
 namespace latentd {
 namespace {
 
@@ -29,9 +31,18 @@ void Gemm::Run(const GemmInput& input, const PackedMatrix& matrix, float* out,
   Run(absl::MakeConstSpan(&input, 1), absl::MakeConstSpan(&job, 1));
 }
 
+void Gemm::Run(absl::Span<const GemmInput> inputs, absl::Span<const GemmJob> jobs) {
+  const bool quantize = std::any_of(jobs.begin(), jobs.end(), [](const GemmJob& job) {
+    return job.matrix->quantize_input.has_value();
+  });
+  if (!quantize) return RunProducts(inputs, jobs);
+  Quantize(inputs, jobs);
+  RunProducts(quantized_inputs_, quantized_jobs_);
+}
+
 // A task is one panel of one job and at most kMaxGemmRows rows; the ranges of a panel's rows are
 // neighbours, so that one thread finds the panel in its cache.
-void Gemm::Run(absl::Span<const GemmInput> inputs, absl::Span<const GemmJob> jobs) {
+void Gemm::RunProducts(absl::Span<const GemmInput> inputs, absl::Span<const GemmJob> jobs) {
   if (kernels_.split_rows != nullptr) Split(inputs);
   first_tasks_.clear();
   int64_t num_tasks = 0;
@@ -77,6 +88,51 @@ void Gemm::Run(absl::Span<const GemmInput> inputs, absl::Span<const GemmJob> job
       }
     }
   });
+}
+
+// The inputs, then their rounded copies; an input that no job reads as it is has no rows.
+void Gemm::Quantize(absl::Span<const GemmInput> inputs, absl::Span<const GemmJob> jobs) {
+  quantized_inputs_.assign(inputs.begin(), inputs.end());
+  quantized_jobs_.assign(jobs.begin(), jobs.end());
+  std::vector<int> copy_of(inputs.size(), -1);
+  std::vector<bool> read_as_is(inputs.size(), false);
+  std::vector<ActivationQuantization> how;  // of each copy
+  size_t elements = 0;
+  for (GemmJob& job : quantized_jobs_) {
+    if (!job.matrix->quantize_input) {
+      read_as_is[job.input] = true;
+      continue;
+    }
+    int& copy = copy_of[job.input];
+    if (copy < 0) {
+      copy = static_cast<int>(quantized_inputs_.size());
+      quantized_inputs_.push_back(inputs[job.input]);
+      how.push_back(*job.matrix->quantize_input);
+      elements += inputs[job.input].rows * PaddedK(inputs[job.input]);
+    }
+    job.input = copy;
+  }
+  if (quantized_.size() < elements) quantized_.resize(elements);
+
+  float* out = quantized_.data();
+  for (size_t c = 0; c < how.size(); ++c) {
+    GemmInput& copy = quantized_inputs_[inputs.size() + c];
+    const GemmInput from = copy;
+    copy.x = out;
+    copy.stride = PaddedK(from);
+    pool_.For(from.rows, std::max<int64_t>(1, 4096 / copy.stride),
+              [&](int64_t begin, int64_t end, int) {
+                for (int64_t row = begin; row < end; ++row) {
+                  float* to = out + row * copy.stride;
+                  QuantizeRow(from.x + row * from.stride, from.k, how[c], to);
+                  std::fill(to + from.k, to + copy.stride, 0.0f);
+                }
+              });
+    out += from.rows * copy.stride;
+  }
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    if (!read_as_is[i]) quantized_inputs_[i].rows = 0;
+  }
 }
 
 void Gemm::Split(absl::Span<const GemmInput> inputs) {

@@ -24,8 +24,8 @@ struct GemmInput {
 // out[rows, n] = inputs[input] * matrix^T + bias.
 struct GemmJob {
   int input = 0;
-  const PackedMatrix* matrix = nullptr;
-  float* out = nullptr;  // [rows, out_stride] f32
+  const PackedMatrix* matrix = nullptr;  // with quantize_input: the input is rounded to FP8 first
+  float* out = nullptr;                  // [rows, out_stride] f32
   ptrdiff_t out_stride = 0;
 };
 
@@ -41,6 +41,8 @@ class Gemm {
   void Run(const GemmInput& input, const PackedMatrix& matrix, float* out, ptrdiff_t out_stride);
 
  private:
+  void RunProducts(absl::Span<const GemmInput> inputs, absl::Span<const GemmJob> jobs);
+  void Quantize(absl::Span<const GemmInput> inputs, absl::Span<const GemmJob> jobs);
   void Split(absl::Span<const GemmInput> inputs);
 
   const Kernels& kernels_;
@@ -48,6 +50,10 @@ class Gemm {
   AlignedVector<uint16_t> split_;      // the inputs as Kernels::split_rows writes them
   std::vector<size_t> split_offsets_;  // [inputs] elements into split_
   std::vector<int64_t> first_tasks_;   // [jobs + 1]
+  // What Quantize() leaves: inputs and jobs in which each job reads the input that it wants.
+  AlignedVector<float> quantized_;
+  std::vector<GemmInput> quantized_inputs_;
+  std::vector<GemmJob> quantized_jobs_;
 };
 
 }  // namespace latentd

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "engine/cpu/kernels.h"
+#include "engine/cpu/quantize_row.h"
 #include "engine/cpu/thread_pool.h"
 #include "engine/model/weights.h"
 
@@ -45,6 +46,7 @@ struct PackedMatrix {
   const float* f32 = nullptr;      // [ceil(n / 32), k_padded, 32], or null
   const float* scales = nullptr;   // [ceil(n / 32), k_padded / group, 32], or null
   const float* bias = nullptr;     // [n], or null
+  std::optional<ActivationQuantization> quantize_input;  // what x is rounded to before the product
 
   int num_panels() const { return (n + kPanelCols - 1) / kPanelCols; }
 };

@@ -54,6 +54,7 @@ struct RunnerOptions {
   int num_blocks = 160;
   int max_step_tokens = 2048;
   int max_positions = 0;  // 0: the model's
+  bool quantize_activations = false;
 };
 
 // The forward pass below CpuEngine: any kernels, every row's logits, a cache full of NaN.

@@ -126,6 +126,25 @@ TEST(VariantInvarianceTest, ChunksChangeNothing) {
   }
 }
 
+// Rounded activations too are a matter of their own row.
+TEST(QuantizedInvarianceTest, ChunksAndBatchChangeNothing) {
+  const LoadedModel model = LoadModel(kDemoModel);
+  const std::vector<TokenId> a = SomeTokens(90, 4096, 11), b = SomeTokens(70, 4096, 12);
+  for (const Kernels* kernels : SupportedKernels()) {
+    const RunnerOptions options{
+        .kernels = kernels, .num_blocks = 8, .max_positions = 128, .quantize_activations = true};
+    const std::vector<float> whole = Runner(model, options).Prefill(a, 90);
+    for (int chunk : {1, 13, 64}) {
+      EXPECT_TRUE(SameBits(Runner(model, options).Prefill(a, chunk), whole)) << kernels->name;
+    }
+    Runner together(model, options);
+    const std::vector<float> both =
+        together.Step({{.tokens = b, .num_computed = 0, .blocks = {4, 2}},
+                       {.tokens = a, .num_computed = 0, .blocks = {7, 0}}});
+    EXPECT_TRUE(SameBits({both.begin() + 70 * 4096, both.end()}, whole)) << kernels->name;
+  }
+}
+
 // Absorbed and naive MLA are one another's oracle.
 TEST(AbsorbedMlaTest, IsNaiveMla) {
   for (const char* name :
