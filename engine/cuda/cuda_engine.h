@@ -95,7 +95,7 @@ class CudaEngine : public Engine {
   virtual absl::StatusOr<std::vector<FamilyTime>> Profile(const StepPlan& plan) = 0;
 };
 
-// How many GPUs the driver shows; 0 without a driver.
+// How many Hopper GPUs (compute capability 9.0) the driver shows; 0 without a driver.
 int CudaDeviceCount();
 
 }  // namespace latentd
