@@ -25,7 +25,8 @@ endif()
 
 # Everything of ours carries these; third-party headers are SYSTEM and stay silent.
 add_library(latentd_options INTERFACE)
-target_compile_options(latentd_options INTERFACE -Wall -Wextra -Werror)
+target_compile_options(latentd_options INTERFACE
+  "$<$<COMPILE_LANGUAGE:C,CXX>:-Wall;-Wextra;-Werror>" "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall;-Werror=all-warnings>")
 target_include_directories(latentd_options INTERFACE ${CMAKE_SOURCE_DIR})
 
 set(LATENTD_TIMEOUT_FACTOR 1)
