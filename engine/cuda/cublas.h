@@ -15,17 +15,37 @@
 namespace latentd {
 
 // Dense products by cuBLASLt. The library is loaded by name when the first Cublas is made, so that
-// a program with the CUDA engine in it starts without. Plans are chosen once per shape and kept;
-// calls allocate nothing and can be captured. Not thread-safe.
+// a program with the CUDA engine in it starts without: from the environment variable
+// LATENTD_CUBLASLT (a path) or else the loader's folders, /usr/local/cuda and the toolkit of the
+// build.
+//
+// Algorithms are chosen once for each shape and class of row counts (exact up to 16 rows, then
+// steps of 1/8 of a power of two) and kept: the first call of a shape costs the host some 100 us
+// more, and should not lie in a captured graph. Calls allocate no device memory, do not synchronise
+// and can be captured. Sums are f32 throughout, and the same call gives the same bits again; but
+// not with another number of rows: a row's bits depend on the algorithm of its class.
+//
+// Pointers are aligned to 16 bytes. All calls share one workspace: one thread, one stream at a
+// time.
+//
+// INVALID_ARGUMENT for arguments that no product has, UNIMPLEMENTED for a shape that cuBLASLt
+// refuses, with the shape.
 class Cublas {
  public:
-  // UNAVAILABLE, with where it was looked for, when there is no cuBLASLt.
+  // For the current device. UNAVAILABLE, with where it was looked for, when there is no cuBLASLt of
+  // CUDA 12.9 or later.
   static absl::StatusOr<std::unique_ptr<Cublas>> Create();
   virtual ~Cublas() = default;
 
   static constexpr size_t kWorkspaceBytes = size_t{32} << 20;
 
-  // out [rows, n] bf16 = x W^T; x FP8 with scales for FP8 weights, else bf16.
+  // Rows of an FP8 product come in fours: x.fp8.data, its scales and out have room for so many, the
+  // scales' stride is exactly that, and the rows added are computed from what lies there and
+  // written to out. bf16 products take any number of rows.
+  static constexpr int PaddedRows(int rows) { return (rows + 3) / 4 * 4; }
+
+  // out [rows, n] bf16 = x W^T; x FP8 with scales for FP8 weights, else bf16. One group. n: a
+  // multiple of 8 when FP8.
   virtual absl::Status Linear(const LinearInput& x, int rows, const WeightMatrix& weight,
                               __nv_bfloat16* out, int64_t out_stride, cudaStream_t stream) = 0;
 
@@ -35,7 +55,7 @@ class Cublas {
                                  cudaStream_t stream) = 0;
 
   // `batch` bf16 products side by side: out_b [rows, n] = x_b [rows, k] op(W_b); strides in
-  // elements.
+  // elements. A batch stride of 0 uses one operand for all.
   struct Batched {
     const __nv_bfloat16* x = nullptr;
     int64_t x_stride = 0;  // row to row

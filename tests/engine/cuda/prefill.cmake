@@ -1,0 +1,1 @@
+latentd_test(cublas_test SRCS cublas_test.cc DEPS latentd_engine_cuda latentd_device_test)
