@@ -1,8 +1,10 @@
 #include "server/check.h"
 
+#include <algorithm>
 #include <filesystem>
 #include <ostream>
 #include <string>
+#include <string_view>
 #include <system_error>
 
 #include "engine/model/host_memory.h"
@@ -40,11 +42,23 @@ std::string DescribeModel(const ModelPath& path, const ModelConfig& model) {
 
 }  // namespace
 
-absl::Status RunCheck(const ServeConfig& config, const ModelPath& path, std::ostream& out) {
+absl::Status RunCheck(const ServeConfig& config, const ModelPath& path, uint64_t gpu_memory_bytes,
+                      std::ostream& out) {
   ASSIGN_OR_RETURN(const ModelConfig model, ReadModelConfig(path));
   fmt::print(out, "{}\n", DescribeModel(path, model));
-  ASSIGN_OR_RETURN(const EngineLimits limits, ResolveLimits(config, model));
-  fmt::print(out, "{}max_model_len: {} tokens\n\n", limits.memory.ToString(), limits.max_model_len);
+  ASSIGN_OR_RETURN(const EngineSettings engine, ResolveEngine(config, model));
+  const bool gpu = engine.kind == EngineKind::kCuda;
+  const uint64_t available = gpu ? gpu_memory_bytes : AvailableMemoryBytes();
+  ASSIGN_OR_RETURN(const EngineMemory memory, PlanEngineMemory(model, engine, available));
+  fmt::print(out, "engine: {}\n{}", EngineName(engine.kind), memory.table);
+  if (memory.num_blocks > 0) {
+    const int64_t cache_tokens = int64_t{memory.num_blocks} * kBlockSize;
+    fmt::print(out, "max_model_len: {} tokens\n",
+               engine.max_model_len > 0
+                   ? engine.max_model_len
+                   : std::min<int64_t>(model.max_position_embeddings, cache_tokens));
+  }
+  fmt::print(out, "\n");
   ASSIGN_OR_RETURN(const GenerationDefaults defaults, LoadGenerationDefaults(path.dir, model));
 
   std::error_code code;
@@ -65,15 +79,14 @@ absl::Status RunCheck(const ServeConfig& config, const ModelPath& path, std::ost
     RETURN_IF_ERROR(CheckWeights(model, path.dir));
     fmt::print(out, "checkpoint: every tensor is there, none is surplus, shapes and types fit\n");
   }
-  const uint64_t available = AvailableMemoryBytes();
-  const absl::Status fits = CheckFits(limits.memory, available);
-  if (fits.ok()) {
-    fmt::print(out, "memory: fits into the {:.1f} GiB that this machine has left\n",
-               static_cast<double>(available) / (1 << 30));
+  const std::string_view where = gpu ? "such a GPU" : "this machine";
+  if (memory.fits.ok()) {
+    fmt::print(out, "memory: fits into the {:.1f} GiB that {} has left\n",
+               static_cast<double>(available) / (1 << 30), where);
   } else if (lone_config) {  // it is being planned for another machine
-    fmt::print(out, "memory: not on this machine: {}\n", std::string(fits.message()));
+    fmt::print(out, "memory: not on {}: {}\n", where, std::string(memory.fits.message()));
   } else {
-    return fits;
+    return memory.fits;
   }
   return absl::OkStatus();
 }

@@ -38,16 +38,26 @@ const std::vector<ConfigKey>& Table() {
        0,
        "",
        {"auto", "safetensors", "dummy"}},
-      {"engine", T::kString, &C::engine, "What computes the model.", 0, 0, "", {"cpu"}},
+      {"engine",
+       T::kString,
+       &C::engine,
+       "What computes the model: auto is cuda where a Hopper GPU is, else cpu.",
+       0,
+       0,
+       "",
+       {"auto", "cpu", "cuda"}},
       {"listen", T::kAddress, &C::listen,
        "Address of the gRPC listener, host:port; port 0 takes a free one."},
       {"http_listen", T::kAddress, &C::http_listen,
        "Address of the HTTP listener (/metrics /healthz /livez /readyz), ip:port. Empty: none."},
-      {"threads", T::kInt, &C::threads, "Threads that compute. 0: one per core.", 0, 4096,
-       "threads"},
+      {"threads", T::kInt, &C::threads, "Threads that compute, of the CPU engine. 0: one per core.",
+       0, 4096, "threads"},
+      {"device", T::kInt, &C::device, "The GPU of the CUDA engine, as the driver counts them.", 0,
+       1023, "GPU"},
       {"kv_cache_memory", T::kSize, &C::kv_cache_memory,
-       "Memory of the latent KV cache; rounded down to whole blocks of 64 tokens.", 1 << 20,
-       int64_t{1} << 50},
+       "Memory of the latent KV cache; rounded down to whole blocks of 64 tokens. 0: 1 GiB on the "
+       "CPU; on a GPU all that is left beside weights and workspace.",
+       0, int64_t{1} << 50},
       {"kv_cache_tokens", T::kInt, &C::kv_cache_tokens,
        "Size of the KV cache in tokens instead of bytes, rounded up to whole blocks. 0: as "
        "kv_cache_memory says.",
@@ -67,6 +77,12 @@ const std::vector<ConfigKey>& Table() {
        1 << 20, "requests"},
       {"prefix_caching", T::kBool, &C::prefix_caching,
        "Keep the KV cache of finished prompts and reuse it where a prompt begins alike."},
+      {"max_graph_sequences", T::kInt, &C::max_graph_sequences,
+       "Decode steps of up to so many sequences are launched as one CUDA graph. 0: none.", 0, 65536,
+       "sequences"},
+      {"batch_invariant", T::kBool, &C::batch_invariant,
+       "On the CUDA engine too a sequence's tokens do not depend, bit for bit, on what else is "
+       "computed; slower. The CPU engine is so always."},
       {"step_deadline", T::kDuration, &C::step_deadline,
        "A step, or a loading that moves no byte, that lasts longer makes liveness fail.", 1000,
        kDay},
@@ -160,34 +176,6 @@ constexpr std::array<std::pair<std::string_view, int64_t>, 9> kSizeUnits = {{
     {"B", 1},
 }};
 
-std::optional<int64_t> ParseSize(std::string_view text) {
-  int64_t scale = 1;
-  for (const auto& [suffix, bytes] : kSizeUnits) {
-    if (text.size() > suffix.size() && text.substr(text.size() - suffix.size()) == suffix) {
-      text.remove_suffix(suffix.size());
-      scale = bytes;
-      break;
-    }
-  }
-  while (!text.empty() && text.back() == ' ') text.remove_suffix(1);
-  if (const auto whole = ParseNumber<int64_t>(text)) {
-    if (*whole < 0 || *whole > std::numeric_limits<int64_t>::max() / scale) return std::nullopt;
-    return *whole * scale;
-  }
-  const auto number = ParseNumber<double>(text);  // 1.5GiB
-  if (!number || scale == 1 || !(*number >= 0) || *number * scale > 9e18) return std::nullopt;
-  return static_cast<int64_t>(*number * scale);
-}
-
-std::string SizeText(int64_t bytes) {
-  for (auto unit = kSizeUnits.rend() - 4; unit != kSizeUnits.rend(); ++unit) {  // TiB .. KiB
-    if (bytes >= unit->second && bytes % unit->second == 0) {
-      return fmt::format("{}{}", bytes / unit->second, unit->first);
-    }
-  }
-  return std::to_string(bytes);
-}
-
 std::string NumberText(const ConfigKey& key, int64_t value) {
   if (key.type == ConfigType::kSize) return SizeText(value);
   if (key.type == ConfigType::kDuration) return absl::FormatDuration(absl::Milliseconds(value));
@@ -229,6 +217,34 @@ absl::Status CheckTogether(const ServeConfig& config) {
 }
 
 }  // namespace
+
+std::optional<int64_t> ParseSize(std::string_view text) {
+  int64_t scale = 1;
+  for (const auto& [suffix, bytes] : kSizeUnits) {
+    if (text.size() > suffix.size() && text.substr(text.size() - suffix.size()) == suffix) {
+      text.remove_suffix(suffix.size());
+      scale = bytes;
+      break;
+    }
+  }
+  while (!text.empty() && text.back() == ' ') text.remove_suffix(1);
+  if (const auto whole = ParseNumber<int64_t>(text)) {
+    if (*whole < 0 || *whole > std::numeric_limits<int64_t>::max() / scale) return std::nullopt;
+    return *whole * scale;
+  }
+  const auto number = ParseNumber<double>(text);  // 1.5GiB
+  if (!number || scale == 1 || !(*number >= 0) || *number * scale > 9e18) return std::nullopt;
+  return static_cast<int64_t>(*number * scale);
+}
+
+std::string SizeText(int64_t bytes) {
+  for (auto unit = kSizeUnits.rend() - 4; unit != kSizeUnits.rend(); ++unit) {  // TiB .. KiB
+    if (bytes >= unit->second && bytes % unit->second == 0) {
+      return fmt::format("{}{}", bytes / unit->second, unit->first);
+    }
+  }
+  return std::to_string(bytes);
+}
 
 absl::Span<const ConfigKey> ConfigKeys() { return Table(); }
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <limits>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -23,19 +24,22 @@ struct ServeConfig {
   std::string model;
   std::string served_model_name;
   std::string load_format = "auto";
-  std::string engine = "cpu";
+  std::string engine = "auto";
 
   std::string listen = "0.0.0.0:50051";
   std::string http_listen = "0.0.0.0:9090";
 
   int64_t threads = 0;
-  int64_t kv_cache_memory = int64_t{1} << 30;  // bytes
+  int64_t device = 0;
+  int64_t kv_cache_memory = 0;  // bytes
   int64_t kv_cache_tokens = 0;
   int64_t max_model_len = 0;
   int64_t max_step_tokens = 2048;
   int64_t max_running = 256;
   int64_t max_waiting = 1024;
   bool prefix_caching = true;
+  int64_t max_graph_sequences = 256;
+  bool batch_invariant = false;
   absl::Duration step_deadline = absl::Minutes(5);
 
   std::string chat_template;
@@ -79,6 +83,11 @@ std::string ConfigUnit(const ConfigKey& key);  // "duration", "bytes", "tokens",
 std::string ConfigRange(const ConfigKey& key);  // "1 .. 1024"; empty where anything goes
 // The value in the form in which it is written: 5m, 1GiB, true.
 std::string ConfigValue(const ConfigKey& key, const ServeConfig& config);
+
+// A number of bytes such as 1073741824, 4GiB or 1.5TB; nullopt if it is none.
+std::optional<int64_t> ParseSize(std::string_view text);
+// The same the other way round, in the largest unit that is exact.
+std::string SizeText(int64_t bytes);
 
 // The known name nearest to `name`, if it is near enough to be meant; else empty.
 std::string NearestConfigKey(std::string_view name);

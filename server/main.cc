@@ -1,6 +1,7 @@
 #include <filesystem>
 #include <iostream>
 #include <memory>
+#include <optional>
 #include <string>
 #include <system_error>
 #include <utility>
@@ -100,12 +101,25 @@ void RegisterCheckCommand(CLI::App& app, int* exit_code) {
   CLI::App* command = app.add_subcommand(
       "check", "Check configuration and checkpoint, print the memory plan, load nothing");
   const auto flags = AddConfigFlags(command);
-  command->callback([command, flags, exit_code] {
+  const auto gpu_memory = std::make_shared<std::string>("79GiB");
+  command
+      ->add_option("--gpu-memory", *gpu_memory,
+                   "What the GPU has free for which the CUDA engine is planned; an H100 of 80 GB "
+                   "has 79 GiB")
+      ->type_name("bytes")
+      ->capture_default_str();
+  command->callback([command, flags, gpu_memory, exit_code] {
     const auto invocation = ReadInvocation(*command, *flags);
-    *exit_code = invocation.ok()
-                     ? Report("check", RunCheck(invocation->config, invocation->model, std::cout),
-                              kServeFailed)
-                     : Report("check", invocation.status(), kServeUsage);
+    const std::optional<int64_t> gpu_bytes = ParseSize(*gpu_memory);
+    if (!invocation.ok() || !gpu_bytes) {
+      const absl::Status bad_size = absl::InvalidArgumentError(fmt::format(
+          "--gpu-memory is '{}'; it must be a number of bytes such as 79GiB", *gpu_memory));
+      *exit_code = Report("check", invocation.ok() ? bad_size : invocation.status(), kServeUsage);
+      return;
+    }
+    *exit_code =
+        Report("check", RunCheck(invocation->config, invocation->model, *gpu_bytes, std::cout),
+               kServeFailed);
   });
 }
 

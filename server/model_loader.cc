@@ -9,9 +9,7 @@
 #include <system_error>
 #include <utility>
 
-#include "engine/cpu/cpu_engine.h"
 #include "engine/model/generation_config.h"
-#include "engine/model/host_memory.h"
 #include "engine/model/safetensors.h"
 #include "engine/status.h"
 #include "fmt/format.h"
@@ -24,6 +22,7 @@ namespace fs = std::filesystem;
 
 // The one architecture that ParseModelConfig() accepts.
 constexpr char kArchitecture[] = "DeepseekV3ForCausalLM";
+constexpr int64_t kDefaultCpuCacheBytes = int64_t{1} << 30;
 constexpr uintmax_t kMaxTextFileBytes = uintmax_t{16} << 20;
 
 absl::StatusOr<std::string> ReadTextFile(const fs::path& path) {
@@ -182,22 +181,36 @@ absl::StatusOr<ModelConfig> ReadModelConfig(const ModelPath& path) {
   return config;
 }
 
-absl::StatusOr<EngineLimits> ResolveLimits(const ServeConfig& config, const ModelConfig& model) {
-  EngineLimits limits;
-  // The CPU engine holds FP8 and bf16 weights as bf16, f32 ones as f32, and the cache as f32.
-  MemoryPlanOptions options{.weight_storage = model.quantization || model.dtype_bytes == 2
-                                                  ? WeightStorage::kBf16
-                                                  : WeightStorage::kF32,
-                            .cache_element_bytes = 4};
-  const auto block_bytes =
-      static_cast<int64_t>(MakeMemoryPlan(model, options).cache_bytes_per_block);
+absl::StatusOr<EngineSettings> ResolveEngine(const ServeConfig& config, const ModelConfig& model) {
+  ASSIGN_OR_RETURN(const EngineKind kind, ChooseEngine(config.engine));
+  if (config.max_model_len > model.max_position_embeddings) {
+    return absl::InvalidArgumentError(
+        fmt::format("max_model_len is {}; the model's max_position_embeddings is {}",
+                    config.max_model_len, model.max_position_embeddings));
+  }
+  EngineSettings settings{
+      .kind = kind,
+      .max_step_tokens = static_cast<int32_t>(config.max_step_tokens),
+      .max_sequences = static_cast<int32_t>(config.max_running),
+      .max_model_len = static_cast<int32_t>(config.max_model_len),
+      .threads = static_cast<int32_t>(config.threads),
+      .device = static_cast<int32_t>(config.device),
+      .max_graph_sequences = static_cast<int32_t>(config.max_graph_sequences),
+      .batch_invariant = config.batch_invariant,
+  };
+  int64_t memory = config.kv_cache_memory;
+  if (config.kv_cache_tokens == 0 && memory == 0) {
+    if (kind == EngineKind::kCuda) return settings;  // all that fit
+    memory = kDefaultCpuCacheBytes;
+  }
+  const auto block_bytes = static_cast<int64_t>(CacheBytesPerBlock(model, kind));
   const int64_t blocks = config.kv_cache_tokens > 0
                              ? (config.kv_cache_tokens + kBlockSize - 1) / kBlockSize
-                             : config.kv_cache_memory / block_bytes;
+                             : memory / block_bytes;
   if (blocks < 1) {
     return absl::InvalidArgumentError(
-        fmt::format("kv_cache_memory is {} bytes; one block of {} tokens takes {}",
-                    config.kv_cache_memory, kBlockSize, block_bytes));
+        fmt::format("kv_cache_memory is {} bytes; one block of {} tokens takes {}", memory,
+                    kBlockSize, block_bytes));
   }
   if (blocks > std::numeric_limits<int32_t>::max()) {
     return absl::InvalidArgumentError(
@@ -205,26 +218,19 @@ absl::StatusOr<EngineLimits> ResolveLimits(const ServeConfig& config, const Mode
                     "possible, lower kv_cache_memory",
                     blocks, std::numeric_limits<int32_t>::max()));
   }
-  limits.num_blocks = options.num_blocks = static_cast<int32_t>(blocks);
-  limits.memory = MakeMemoryPlan(model, options);
+  settings.num_blocks = static_cast<int32_t>(blocks);
   const int64_t cache_tokens = blocks * kBlockSize;
-  if (config.max_model_len > model.max_position_embeddings) {
-    return absl::InvalidArgumentError(
-        fmt::format("max_model_len is {}; the model's max_position_embeddings is {}",
-                    config.max_model_len, model.max_position_embeddings));
-  }
   if (config.max_model_len > cache_tokens) {
     return absl::InvalidArgumentError(fmt::format(
         "max_model_len is {}; the KV cache holds {} tokens: raise kv_cache_memory to {} bytes",
         config.max_model_len, cache_tokens,
         (config.max_model_len + kBlockSize - 1) / kBlockSize * block_bytes));
   }
-  limits.max_model_len = static_cast<int32_t>(
-      config.max_model_len > 0 ? config.max_model_len
-                               : std::min<int64_t>(model.max_position_embeddings, cache_tokens));
-  limits.max_step_tokens = static_cast<int32_t>(config.max_step_tokens);
-  limits.max_sequences = static_cast<int32_t>(config.max_running);
-  return limits;
+  if (settings.max_model_len == 0) {
+    settings.max_model_len =
+        static_cast<int32_t>(std::min<int64_t>(model.max_position_embeddings, cache_tokens));
+  }
+  return settings;
 }
 
 absl::StatusOr<GenerationDefaults> LoadGenerationDefaults(const fs::path& dir,
@@ -255,42 +261,30 @@ absl::StatusOr<LoadedModel> LoadModel(const ServeConfig& config, const ModelPath
                                       LoadListener* listener) {
   listener->OnPhase("config");
   ASSIGN_OR_RETURN(const ModelConfig model, ReadModelConfig(path));
-  ASSIGN_OR_RETURN(const EngineLimits limits, ResolveLimits(config, model));
+  ASSIGN_OR_RETURN(const EngineSettings settings, ResolveEngine(config, model));
   auto served = std::make_shared<ServedModel>();
   served->name = path.name;
   served->architecture = kArchitecture;
   served->vocab_size = model.vocab_size;
-  served->max_model_len = limits.max_model_len;
-  served->kv_cache_tokens = int64_t{limits.num_blocks} * kBlockSize;
   ASSIGN_OR_RETURN(served->defaults, LoadGenerationDefaults(path.dir, model));
 
   listener->OnPhase("tokenizer");
   RETURN_IF_ERROR(LoadText(config, path, model, served.get()));
 
-  listener->OnPhase("weights");
-  listener->OnPlan(limits);
-  RETURN_IF_ERROR(CheckFits(limits.memory, AvailableMemoryBytes()));
   const LoadFormat format =
       config.load_format == "dummy" ? LoadFormat::kDummy : LoadFormat::kSafetensors;
-  ASSIGN_OR_RETURN(const ModelWeights weights,
-                   LoadWeights(model, path.dir, format, [listener](uint64_t done, uint64_t total) {
-                     listener->OnProgress(done, total);
-                   }));
+  ASSIGN_OR_RETURN(std::unique_ptr<Engine> engine,
+                   MakeEngine(model, path.dir, format, settings, listener));
   if (format == LoadFormat::kSafetensors) {
     ASSIGN_OR_RETURN(served->weights_hash, WeightsHash(path.dir));
   }
+  const EngineInfo info = engine->info();
+  served->max_model_len = info.max_model_len;
+  served->kv_cache_tokens = int64_t{info.num_blocks} * kBlockSize;
 
-  listener->OnPhase("engine");
-  ASSIGN_OR_RETURN(std::unique_ptr<Engine> engine,
-                   CpuEngine::Create(model, weights,
-                                     {.num_threads = static_cast<int32_t>(config.threads),
-                                      .num_blocks = limits.num_blocks,
-                                      .max_step_tokens = limits.max_step_tokens,
-                                      .max_sequences = limits.max_sequences,
-                                      .max_model_len = limits.max_model_len}));
   listener->OnPhase("warmup");
   RETURN_IF_ERROR(WarmUp(engine.get()));
-  return LoadedModel{std::move(served), std::move(engine)};
+  return LoadedModel{std::move(served), std::move(engine), settings.kind};
 }
 
 }  // namespace latentd

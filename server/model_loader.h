@@ -10,9 +10,8 @@
 #include "absl/status/statusor.h"
 #include "engine/engine.h"
 #include "engine/model/config.h"
-#include "engine/model/memory_plan.h"
-#include "engine/model/weights.h"
 #include "server/config.h"
+#include "server/engine_factory.h"
 #include "server/served_model.h"
 
 namespace latentd {
@@ -30,18 +29,10 @@ struct ModelPath {
                                            const std::filesystem::path& executable);
 };
 
-// What the engine is made with, from the configuration and the model together.
-struct EngineLimits {
-  MemoryPlan memory;
-  int32_t num_blocks = 0;
-  int32_t max_model_len = 0;
-  int32_t max_step_tokens = 0;
-  int32_t max_sequences = 0;
-};
-
 absl::StatusOr<ModelConfig> ReadModelConfig(const ModelPath& path);
-// INVALID_ARGUMENT names the key whose value the model does not allow.
-absl::StatusOr<EngineLimits> ResolveLimits(const ServeConfig& config, const ModelConfig& model);
+// What the engine is made with, from the configuration and the model together. INVALID_ARGUMENT
+// names the key whose value the model does not allow.
+absl::StatusOr<EngineSettings> ResolveEngine(const ServeConfig& config, const ModelConfig& model);
 // generation_config.json of `dir`; what it leaves out, or all if there is none, is `model`'s.
 absl::StatusOr<GenerationDefaults> LoadGenerationDefaults(const std::filesystem::path& dir,
                                                           const ModelConfig& model);
@@ -50,20 +41,10 @@ absl::StatusOr<GenerationDefaults> LoadGenerationDefaults(const std::filesystem:
 absl::Status LoadText(const ServeConfig& config, const ModelPath& path, const ModelConfig& model,
                       ServedModel* served);
 
-// Told how loading goes, by the loading thread.
-class LoadListener {
- public:
-  virtual ~LoadListener() = default;
-  // A phase begins: config, tokenizer, weights, engine, warmup.
-  virtual void OnPhase(std::string_view phase) = 0;
-  virtual void OnProgress(uint64_t loaded_bytes, uint64_t total_bytes) = 0;
-  // Before the weights are read.
-  virtual void OnPlan(const EngineLimits& limits) = 0;
-};
-
 struct LoadedModel {
   std::shared_ptr<const ServedModel> served;
   std::unique_ptr<Engine> engine;  // has computed one step already
+  EngineKind engine_kind = EngineKind::kCpu;
 };
 
 // Loads all that serving needs. An error names the file or key and says what is wrong. Takes

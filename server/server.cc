@@ -131,11 +131,10 @@ class Server::Progress final : public LoadListener {
     }
   }
 
-  void OnPlan(const EngineLimits& limits) override {
-    const std::string plan = limits.memory.ToString();
-    for (size_t begin = 0; begin < plan.size();) {
-      const size_t end = std::min(plan.find('\n', begin), plan.size());
-      LogEvent(spdlog::level::info, plan.substr(begin, end - begin), {});
+  void OnPlan(const std::string& table) override {
+    for (size_t begin = 0; begin < table.size();) {
+      const size_t end = std::min(table.find('\n', begin), table.size());
+      LogEvent(spdlog::level::info, table.substr(begin, end - begin), {});
       begin = end + 1;
     }
   }
@@ -274,8 +273,8 @@ absl::Status Server::LoadAndServe() {
               },
           .on_step = [this](const StepReport& report) { metrics_.OnStep(report); }});
   running_core_ = core_.get();
-  metrics_.SetEngine(engine_->info(), config_.engine, config_.prefix_caching,
-                     [core = core_.get()] { return core->stats(); });
+  metrics_.SetEngine(engine_->info(), std::string(EngineName(loaded.engine_kind)),
+                     config_.prefix_caching, [core = core_.get()] { return core->stats(); });
   service_.SetServing(std::move(loaded.served), core_.get());
   SetState(ServerState::kServing);
   return absl::OkStatus();

@@ -20,10 +20,11 @@ struct Checked {
 };
 
 Checked Check(ServeConfig config) {
+  if (config.engine == "auto") config.engine = "cpu";  // on a machine with a GPU too
   const absl::StatusOr<ModelPath> path = ModelPath::Resolve(config, fs::absolute("build/latentd"));
   if (!path.ok()) return {path.status(), ""};
   std::ostringstream out;
-  const absl::Status status = RunCheck(config, *path, out);
+  const absl::Status status = RunCheck(config, *path, uint64_t{79} << 30, out);
   return {status, out.str()};
 }
 
@@ -60,6 +61,28 @@ TEST(CheckTest, DeepSeekV3HasTheSizeThatItsAuthorsGive) {
   const Checked checked = CheckModel("deploy/configs/deepseek-v3.json");
   EXPECT_THAT(checked.output, HasSubstr("671026419200"));  // parameters
   EXPECT_THAT(checked.output, HasSubstr("KV cache: 140544 bytes a token"));
+}
+
+// No GPU is needed to plan for one.
+TEST(CheckTest, AGpuIsPlannedFor) {
+  ServeConfig config;
+  config.engine = "cuda";
+  config.model = "deploy/configs/shard16.json";
+  const Checked shard = Check(config);
+  if (!ChooseEngine("cuda").ok()) {
+    EXPECT_EQ(shard.status.code(), absl::StatusCode::kUnavailable);
+    EXPECT_THAT(Message(shard), HasSubstr("without the CUDA engine"));
+    return;
+  }
+  ASSERT_TRUE(shard.status.ok()) << shard.status;
+  EXPECT_THAT(shard.output, HasSubstr("engine: cuda"));
+  EXPECT_THAT(shard.output, HasSubstr("fits into the 79.0 GiB that such a GPU has left"));
+  EXPECT_THAT(shard.output, HasSubstr("max_model_len: 163840 tokens"));  // the cache holds them
+  config.model = "deploy/configs/deepseek-v3.json";
+  EXPECT_THAT(Check(config).output, HasSubstr("memory: not on such a GPU: "));
+  config.model = "deploy/demo-model";
+  config.kv_cache_tokens = int64_t{1} << 30;
+  EXPECT_EQ(Check(config).status.code(), absl::StatusCode::kResourceExhausted);
 }
 
 TEST(CheckTest, WhatTheModelDoesNotAllowIsRefusedByKey) {

@@ -1,0 +1,141 @@
+#include "server/engine_factory.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "engine/cpu/cpu_engine.h"
+#include "engine/model/host_memory.h"
+#include "engine/model/memory_plan.h"
+#include "engine/status.h"
+#ifdef LATENTD_HAVE_CUDA
+#include "engine/cuda/cuda_engine.h"
+#endif
+
+namespace latentd {
+namespace {
+
+// The CPU engine holds FP8 and bf16 weights as bf16, f32 ones as f32, and the cache as f32.
+MemoryPlan CpuMemoryPlan(const ModelConfig& model, int32_t num_blocks) {
+  return MakeMemoryPlan(
+      model, {.weight_storage = model.quantization || model.dtype_bytes == 2 ? WeightStorage::kBf16
+                                                                             : WeightStorage::kF32,
+              .cache_element_bytes = 4,
+              .num_blocks = num_blocks});
+}
+
+absl::StatusOr<std::unique_ptr<Engine>> MakeCpuEngine(const ModelConfig& model,
+                                                      const std::filesystem::path& dir,
+                                                      LoadFormat format,
+                                                      const EngineSettings& settings,
+                                                      LoadListener* listener) {
+  const MemoryPlan plan = CpuMemoryPlan(model, settings.num_blocks);
+  listener->OnPlan(plan.ToString());
+  RETURN_IF_ERROR(CheckFits(plan, AvailableMemoryBytes()));
+  ASSIGN_OR_RETURN(const ModelWeights weights,
+                   LoadWeights(model, dir, format, [listener](uint64_t done, uint64_t total) {
+                     listener->OnProgress(done, total);
+                   }));
+  listener->OnPhase("engine");
+  return CpuEngine::Create(model, weights,
+                           {.num_threads = settings.threads,
+                            .num_blocks = settings.num_blocks,
+                            .max_step_tokens = settings.max_step_tokens,
+                            .max_sequences = settings.max_sequences,
+                            .max_model_len = settings.max_model_len});
+}
+
+#ifdef LATENTD_HAVE_CUDA
+CudaEngineOptions CudaOptions(const EngineSettings& settings) {
+  return {.device = settings.device,
+          .num_blocks = settings.num_blocks,
+          .max_step_tokens = settings.max_step_tokens,
+          .max_sequences = settings.max_sequences,
+          .max_model_len = settings.max_model_len,
+          .max_graph_sequences = settings.max_graph_sequences,
+          .batch_invariant = settings.batch_invariant};
+}
+#else
+absl::Status NoCuda() {
+  return absl::UnavailableError(
+      "engine is 'cuda'; this program was built without the CUDA engine (scripts/setup --cuda, "
+      "then build again)");
+}
+#endif
+
+}  // namespace
+
+std::string_view EngineName(EngineKind kind) { return kind == EngineKind::kCuda ? "cuda" : "cpu"; }
+
+absl::StatusOr<EngineKind> ChooseEngine(std::string_view name) {
+  if (name == "cpu") return EngineKind::kCpu;
+#ifdef LATENTD_HAVE_CUDA
+  if (name == "cuda") return EngineKind::kCuda;
+  if (name == "auto") return CudaDeviceCount() > 0 ? EngineKind::kCuda : EngineKind::kCpu;
+#else
+  if (name == "cuda") return NoCuda();
+  if (name == "auto") return EngineKind::kCpu;
+#endif
+  return absl::InvalidArgumentError(
+      absl::StrCat("engine is '", std::string(name), "'; allowed are auto, cpu, cuda"));
+}
+
+uint64_t CacheBytesPerBlock(const ModelConfig& model, EngineKind kind) {
+  return MakeMemoryPlan(model, {.cache_element_bytes = kind == EngineKind::kCuda ? 2 : 4})
+      .cache_bytes_per_block;
+}
+
+absl::StatusOr<EngineMemory> PlanEngineMemory(const ModelConfig& model,
+                                              const EngineSettings& settings,
+                                              uint64_t available_bytes) {
+  if (settings.kind == EngineKind::kCpu) {
+    const MemoryPlan plan = CpuMemoryPlan(model, settings.num_blocks);
+    return EngineMemory{.table = plan.ToString(),
+                        .num_blocks = settings.num_blocks,
+                        .fits = CheckFits(plan, available_bytes)};
+  }
+#ifdef LATENTD_HAVE_CUDA
+  const absl::StatusOr<CudaMemoryPlan> plan =
+      PlanCudaMemory(model, CudaOptions(settings), available_bytes);
+  if (absl::IsResourceExhausted(plan.status())) return EngineMemory{.fits = plan.status()};
+  RETURN_IF_ERROR(plan.status());
+  return EngineMemory{
+      .table = plan->ToString(), .num_blocks = plan->num_blocks, .fits = absl::OkStatus()};
+#else
+  return NoCuda();
+#endif
+}
+
+absl::StatusOr<std::unique_ptr<Engine>> MakeEngine(const ModelConfig& model,
+                                                   const std::filesystem::path& dir,
+                                                   LoadFormat format,
+                                                   const EngineSettings& settings,
+                                                   LoadListener* listener) {
+  listener->OnPhase("weights");
+  if (settings.kind == EngineKind::kCpu) {
+    return MakeCpuEngine(model, dir, format, settings, listener);
+  }
+#ifdef LATENTD_HAVE_CUDA
+  return CudaEngine::Create(
+      model, dir, format, CudaOptions(settings),
+      [listener](const CudaMemoryPlan& plan) { listener->OnPlan(plan.ToString()); },
+      [listener](uint64_t done, uint64_t total) { listener->OnProgress(done, total); });
+#else
+  return NoCuda();
+#endif
+}
+
+absl::StatusOr<std::vector<KernelFamily>> ProfileStep([[maybe_unused]] Engine* engine,
+                                                      [[maybe_unused]] const StepPlan& plan) {
+  std::vector<KernelFamily> families;
+#ifdef LATENTD_HAVE_CUDA
+  if (auto* cuda = dynamic_cast<CudaEngine*>(engine)) {
+    ASSIGN_OR_RETURN(const std::vector<CudaEngine::FamilyTime> times, cuda->Profile(plan));
+    for (const CudaEngine::FamilyTime& time : times) {
+      families.push_back({std::string(time.family), time.seconds, time.intervals});
+    }
+  }
+#endif
+  return families;
+}
+
+}  // namespace latentd

@@ -1,0 +1,89 @@
+#ifndef LATENTD_SERVER_ENGINE_FACTORY_H_
+#define LATENTD_SERVER_ENGINE_FACTORY_H_
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "engine/engine.h"
+#include "engine/model/config.h"
+#include "engine/model/weights.h"
+#include "engine/step.h"
+
+namespace latentd {
+
+enum class EngineKind { kCpu, kCuda };
+
+// "cpu", "cuda".
+std::string_view EngineName(EngineKind kind);
+
+// What `name` stands for here: "cpu", "cuda", or "auto", which is cuda where this program has the
+// CUDA engine and the machine a Hopper GPU, else cpu. UNAVAILABLE for a cuda that this program was
+// built without; whether there is a GPU is seen when the engine is made.
+absl::StatusOr<EngineKind> ChooseEngine(std::string_view name);
+
+// What an engine is made with. All counts >= 1 but where 0 is explained.
+struct EngineSettings {
+  EngineKind kind = EngineKind::kCpu;
+  int32_t num_blocks = 0;  // KV cache blocks; 0 (cuda only): all that fit beside the rest
+  int32_t max_step_tokens = 2048;
+  int32_t max_sequences = 256;
+  int32_t max_model_len = 0;          // 0: the model's limit, or what the cache holds
+  int32_t threads = 0;                // cpu; 0: one per core
+  int32_t device = 0;                 // cuda
+  int32_t max_graph_sequences = 256;  // cuda; 0: no graphs
+  bool batch_invariant = false;       // cuda; the CPU engine always is
+};
+
+// The memory that an engine takes.
+struct EngineMemory {
+  std::string table;       // to print, lines ending in '\n'; may be empty when it does not fit
+  int32_t num_blocks = 0;  // of the settings, or all that fit
+  absl::Status fits;       // RESOURCE_EXHAUSTED, with the numbers
+};
+
+// From the config alone, before anything is allocated. `available_bytes`: what the machine has
+// left, or for the CUDA engine what the GPU has free. INVALID_ARGUMENT for a setting out of range.
+absl::StatusOr<EngineMemory> PlanEngineMemory(const ModelConfig& model,
+                                              const EngineSettings& settings,
+                                              uint64_t available_bytes);
+
+// Bytes of one block of the KV cache of an engine of this kind.
+uint64_t CacheBytesPerBlock(const ModelConfig& model, EngineKind kind);
+
+// Told how loading goes, by the loading thread.
+class LoadListener {
+ public:
+  virtual ~LoadListener() = default;
+  // A phase begins: config, tokenizer, weights, engine, warmup.
+  virtual void OnPhase(std::string_view phase) = 0;
+  // Before the weights are read. `table`: lines ending in '\n'.
+  virtual void OnPlan(const std::string& table) = 0;
+  virtual void OnProgress(uint64_t loaded_bytes, uint64_t total_bytes) = 0;
+};
+
+// Loads the weights of `dir` and makes the engine. RESOURCE_EXHAUSTED, before anything is read,
+// when it does not fit; UNAVAILABLE without a driver or a Hopper GPU.
+absl::StatusOr<std::unique_ptr<Engine>> MakeEngine(const ModelConfig& model,
+                                                   const std::filesystem::path& dir,
+                                                   LoadFormat format,
+                                                   const EngineSettings& settings,
+                                                   LoadListener* listener);
+
+// Where a step's time went, in the order of first use; made by running it once more with
+// timestamps. Empty for engines that cannot tell.
+struct KernelFamily {
+  std::string name;
+  double seconds = 0;
+  int num_kernels = 0;
+};
+absl::StatusOr<std::vector<KernelFamily>> ProfileStep(Engine* engine, const StepPlan& plan);
+
+}  // namespace latentd
+
+#endif  // LATENTD_SERVER_ENGINE_FACTORY_H_
