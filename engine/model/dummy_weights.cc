@@ -14,6 +14,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "engine/model/dummy_hash.h"
 #include "engine/model/host_memory.h"
 #include "engine/model/layout.h"
 #include "engine/model/load_jobs.h"
@@ -46,33 +47,18 @@ const std::array<float, 256>& NormalQuantiles() {
   return quantiles;
 }
 
-// SplitMix64's output function over a counter.
-uint64_t Hash(uint64_t tensor, uint64_t counter) {
-  uint64_t x = (tensor << 40) + counter + 0x9e3779b97f4a7c15ull * (counter + 1);
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-  return x ^ (x >> 31);
-}
-
 // Fills elements [begin, end) of tensor number `tensor` with the table's entries; begin is a
 // multiple of 8.
 template <typename T>
 void FillFrom(const std::array<T, 256>& table, uint64_t tensor, int64_t begin, int64_t end,
               T* out) {
   for (int64_t i = begin; i < end; i += 8) {
-    uint64_t bytes = Hash(tensor, static_cast<uint64_t>(i));
+    uint64_t bytes = DummyHash(tensor, static_cast<uint64_t>(i));
     for (int64_t j = i; j < std::min(i + 8, end); ++j, bytes >>= 8) out[j] = table[bytes & 0xff];
   }
 }
 
-// One tensor to fill.
-struct Fill {
-  TensorView* view;
-  float mean = 0;
-  float deviation = 0;  // 0: all elements are `mean`
-};
-
-// Gives every tensor its type, shape and content; addresses come when the total is known.
+// Gives every tensor its type, shape and content.
 class Planner : public WeightVisitor {
  public:
   explicit Planner(const ModelConfig& config) : config_(config) {}
@@ -96,33 +82,22 @@ class Planner : public WeightVisitor {
   // What a unit of deviation is multiplied by to use the whole range of e4m3, inverted.
   static float E4m3Unit() { return NormalQuantiles().back() / kE4m3Max; }
 
-  size_t num_bytes() const { return num_bytes_; }
-  const std::vector<Fill>& fills() const { return fills_; }
-
-  void Place(std::byte* memory) {
-    for (Fill& fill : fills_) {
-      fill.view->data = memory;
-      memory += Padded(fill.view->num_bytes());
-    }
-  }
+  std::vector<DummyTensor> TakeTensors() { return std::move(tensors_); }
 
  private:
   DType Plain() const { return config_.dtype_bytes == 4 ? DType::kF32 : DType::kBF16; }
   static float Deviation(const std::vector<int64_t>& shape) {
     return 1.0f / std::sqrt(static_cast<float>(shape.back()));
   }
-  static size_t Padded(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
   void Add(TensorView& view, DType dtype, const std::vector<int64_t>& shape, float mean,
            float deviation) {
     view = {.dtype = dtype, .shape = shape};
-    fills_.push_back({&view, mean, deviation});
-    num_bytes_ += Padded(view.num_bytes());
+    tensors_.push_back({&view, mean, deviation});
   }
 
   const ModelConfig& config_;
-  std::vector<Fill> fills_;
-  size_t num_bytes_ = 0;
+  std::vector<DummyTensor> tensors_;
 };
 
 class AnonymousMemory {
@@ -153,22 +128,18 @@ class AnonymousMemory {
   size_t bytes_;
 };
 
-// The quantiles, spread over the whole range of e4m3.
-std::array<uint8_t, 256> E4m3Quantiles() {
-  std::array<uint8_t, 256> codes;
-  for (int i = 0; i < 256; ++i) codes[i] = FloatToE4m3(NormalQuantiles()[i] / Planner::E4m3Unit());
-  return codes;
+size_t PaddedBytes(const TensorView& view) {
+  return (view.num_bytes() + kAlignment - 1) / kAlignment * kAlignment;
 }
 
-void FillElements(const std::array<uint8_t, 256>& e4m3, const Fill& fill, uint64_t tensor,
+void FillElements(const std::array<uint8_t, 256>& e4m3, const DummyTensor& fill, uint64_t tensor,
                   int64_t begin, int64_t end) {
   // The memory is ours and the views are const for everybody else.
   auto* data = const_cast<std::byte*>(fill.view->data);
   if (fill.view->dtype == DType::kF8E4M3) {
     return FillFrom(e4m3, tensor, begin, end, reinterpret_cast<uint8_t*>(data));
   }
-  std::array<float, 256> values;
-  for (int i = 0; i < 256; ++i) values[i] = fill.mean + fill.deviation * NormalQuantiles()[i];
+  const std::array<float, 256> values = DummyValues(fill);
   if (fill.view->dtype == DType::kF32) {
     return FillFrom(values, tensor, begin, end, reinterpret_cast<float*>(data));
   }
@@ -179,19 +150,40 @@ void FillElements(const std::array<uint8_t, 256>& e4m3, const Fill& fill, uint64
 
 }  // namespace
 
+std::vector<DummyTensor> PlanDummyWeights(const ModelConfig& config, ModelWeights& weights) {
+  Planner planner(config);
+  VisitWeights(config, weights, planner);
+  return planner.TakeTensors();
+}
+
+// The quantiles, spread over the whole range of e4m3.
+std::array<uint8_t, 256> DummyValuesE4m3() {
+  std::array<uint8_t, 256> codes;
+  for (int i = 0; i < 256; ++i) codes[i] = FloatToE4m3(NormalQuantiles()[i] / Planner::E4m3Unit());
+  return codes;
+}
+
+std::array<float, 256> DummyValues(const DummyTensor& tensor) {
+  std::array<float, 256> values;
+  for (int i = 0; i < 256; ++i) values[i] = tensor.mean + tensor.deviation * NormalQuantiles()[i];
+  return values;
+}
+
 absl::StatusOr<ModelWeights> MakeDummyWeights(const ModelConfig& config,
                                               const LoadProgress& progress) {
   ModelWeights weights;
-  Planner planner(config);
-  VisitWeights(config, weights, planner);
-  ASSIGN_OR_RETURN(std::shared_ptr<AnonymousMemory> memory,
-                   AnonymousMemory::Allocate(planner.num_bytes()));
-  planner.Place(memory->data());
+  const std::vector<DummyTensor> tensors = PlanDummyWeights(config, weights);
+  size_t num_bytes = 0;
+  for (const DummyTensor& tensor : tensors) num_bytes += PaddedBytes(*tensor.view);
+  ASSIGN_OR_RETURN(std::shared_ptr<AnonymousMemory> memory, AnonymousMemory::Allocate(num_bytes));
 
-  const std::array<uint8_t, 256> e4m3 = E4m3Quantiles();
+  const std::array<uint8_t, 256> e4m3 = DummyValuesE4m3();
+  const std::byte* place = memory->data();
   std::vector<LoadJob> jobs;
-  for (size_t i = 0; i < planner.fills().size(); ++i) {
-    const Fill& fill = planner.fills()[i];
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const DummyTensor& fill = tensors[i];
+    fill.view->data = place;
+    place += PaddedBytes(*fill.view);
     const int64_t n = fill.view->num_elements();
     const auto element_bytes = static_cast<int64_t>(DTypeBytes(fill.view->dtype));
     const int64_t step = static_cast<int64_t>(kLoadJobBytes) / element_bytes;
@@ -205,6 +197,7 @@ absl::StatusOr<ModelWeights> MakeDummyWeights(const ModelConfig& config,
     }
   }
   RETURN_IF_ERROR(RunLoadJobs(jobs, progress));
+  if (config.tie_word_embeddings) weights.lm_head = weights.embed_tokens;
   weights.storage = std::move(memory);
   return weights;
 }

@@ -52,7 +52,4 @@ absl::Status ReadAhead(const Checkpoint& checkpoint,
   return RunLoadJobs(jobs, progress);
 }
 
-// Maps the files of `dir` and gives every tensor its place; reads headers only. With `progress`
-// also reads the weights ahead.
-
 }  // namespace latentd

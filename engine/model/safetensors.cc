@@ -158,11 +158,14 @@ class Checkpoint::MappedFile {
       return errno == ENOENT ? absl::NotFoundError(message) : absl::PermissionDeniedError(message);
     }
     auto file = Map(fd, path);
-    ::close(fd);
+    if (!file.ok()) ::close(fd);
     return file;
   }
 
-  ~MappedFile() { ::munmap(data_, size_); }
+  ~MappedFile() {
+    ::munmap(data_, size_);
+    ::close(fd_);
+  }
   MappedFile(const MappedFile&) = delete;
   MappedFile& operator=(const MappedFile&) = delete;
 
@@ -171,11 +174,20 @@ class Checkpoint::MappedFile {
 
   const std::filesystem::path& path() const { return path_; }
   const std::vector<std::string>& names() const { return names_; }
+  bool contains(const std::byte* at) const {
+    return at >= static_cast<const std::byte*>(data_) &&
+           at < static_cast<const std::byte*>(data_) + size_;
+  }
+
+  // What Checkpoint::Read() does, of bytes that are in this file; the errno of what failed, -1 when
+  // the file ends before.
+  int Read(const std::byte* begin, size_t size, std::byte* out) const;
 
  private:
-  MappedFile(std::filesystem::path path, void* data, size_t size)
-      : path_(std::move(path)), data_(data), size_(size) {}
+  MappedFile(std::filesystem::path path, int fd, void* data, size_t size)
+      : path_(std::move(path)), fd_(fd), data_(data), size_(size) {}
 
+  // Owns `fd` when it succeeds.
   static absl::StatusOr<std::unique_ptr<MappedFile>> Map(int fd,
                                                          const std::filesystem::path& path) {
     struct stat info;
@@ -192,7 +204,7 @@ class Checkpoint::MappedFile {
       return absl::ResourceExhaustedError(absl::StrFormat(
           "%s: cannot map %d bytes: %s", path.string(), size, std::strerror(errno)));
     }
-    return std::unique_ptr<MappedFile>(new MappedFile(path, data, size));
+    return std::unique_ptr<MappedFile>(new MappedFile(path, fd, data, size));
   }
 
   // The file's entries lie end to end: no overlap, no gap, nothing behind the last one.
@@ -203,6 +215,7 @@ class Checkpoint::MappedFile {
   }
 
   std::filesystem::path path_;
+  int fd_;
   void* data_;
   size_t size_;
   std::vector<std::string> names_;
@@ -273,6 +286,19 @@ absl::Status Checkpoint::MappedFile::CheckLayout(std::vector<Entry>& entries,
                                                       path_.string(), data_bytes, end));
   }
   return absl::OkStatus();
+}
+
+int Checkpoint::MappedFile::Read(const std::byte* begin, size_t size, std::byte* out) const {
+  auto offset = static_cast<off_t>(begin - static_cast<const std::byte*>(data_));
+  while (size > 0) {
+    const ssize_t n = ::pread(fd_, out, size, offset);
+    if (n < 0 && errno == EINTR) continue;
+    if (n <= 0) return n == 0 ? -1 : errno;
+    out += n;
+    offset += n;
+    size -= static_cast<size_t>(n);
+  }
+  return 0;
 }
 
 Checkpoint::Checkpoint() = default;
@@ -350,6 +376,23 @@ absl::Status Checkpoint::AddShards(const std::filesystem::path& dir) {
       return error("tensor '", ShownName(name), "' is not in ", Shown(file));
   }
   return absl::OkStatus();
+}
+
+absl::Status Checkpoint::Read(const std::byte* begin, size_t size, std::byte* out) const {
+  if (size == 0) return absl::OkStatus();
+  const auto file = std::find_if(files_.begin(), files_.end(),
+                                 [begin](const auto& file) { return file->contains(begin); });
+  LATENTD_CHECK(file != files_.end());
+  const int error = (*file)->Read(begin, size, out);
+  if (error == 0) return absl::OkStatus();
+  std::string tensor;
+  for (const std::string& name : (*file)->names()) {
+    const TensorView& view = *Find(name);
+    if (view.data <= begin && begin < view.data + view.num_bytes()) tensor = ShownName(name);
+  }
+  return absl::DataLossError(absl::StrCat(
+      (*file)->path().string(), ": tensor '", tensor,
+      "' cannot be read: ", error < 0 ? "its file was shortened" : std::strerror(error)));
 }
 
 const TensorView* Checkpoint::Find(std::string_view name) const {

@@ -48,6 +48,11 @@ class Checkpoint {
   const std::map<std::string, TensorView, std::less<>>& tensors() const { return tensors_; }
   uint64_t num_bytes() const { return num_bytes_; }
 
+  // Copies [begin, begin + size) of one view to `out` by reading its file, not through the mapping:
+  // no page is mapped for bytes that are wanted once, and a file that was shortened since Open(),
+  // or whose disk fails, is DATA_LOSS that names the tensor. Thread-safe.
+  absl::Status Read(const std::byte* begin, size_t size, std::byte* out) const;
+
  private:
   class MappedFile;
   Checkpoint();

@@ -161,20 +161,20 @@ absl::Status Binder::status(const std::filesystem::path& dir) const {
   return absl::InvalidArgumentError(message);
 }
 
-absl::StatusOr<ModelWeights> LoadSafetensors(const ModelConfig& config,
-                                             const std::filesystem::path& dir,
-                                             const LoadProgress* progress) {
-  ASSIGN_OR_RETURN(std::shared_ptr<const Checkpoint> checkpoint, Checkpoint::Open(dir));
-  ModelWeights weights;
-  Binder binder(config, *checkpoint);
-  VisitWeights(config, weights, binder);
-  const std::set<std::string, std::less<>> needed = binder.used();
+// Maps and checks the checkpoint; `needed` gets the names of the main model's tensors.
+absl::StatusOr<MappedWeights> Bind(const ModelConfig& config, const std::filesystem::path& dir,
+                                   std::set<std::string, std::less<>>& needed) {
+  MappedWeights mapped;
+  ASSIGN_OR_RETURN(mapped.checkpoint, Checkpoint::Open(dir));
+  Binder binder(config, *mapped.checkpoint);
+  VisitWeights(config, mapped.weights, binder);
+  needed = binder.used();
   binder.BindOptional();
   binder.FindSurplus();
   RETURN_IF_ERROR(binder.status(dir));
-  if (progress != nullptr) RETURN_IF_ERROR(ReadAhead(*checkpoint, needed, *progress));
-  weights.storage = std::move(checkpoint);
-  return weights;
+  if (config.tie_word_embeddings) mapped.weights.lm_head = mapped.weights.embed_tokens;
+  mapped.weights.storage = mapped.checkpoint;
+  return mapped;
 }
 
 }  // namespace
@@ -182,15 +182,21 @@ absl::StatusOr<ModelWeights> LoadSafetensors(const ModelConfig& config,
 absl::StatusOr<ModelWeights> LoadWeights(const ModelConfig& config,
                                          const std::filesystem::path& dir, LoadFormat format,
                                          const LoadProgress& progress) {
-  absl::StatusOr<ModelWeights> weights = format == LoadFormat::kDummy
-                                             ? MakeDummyWeights(config, progress)
-                                             : LoadSafetensors(config, dir, &progress);
-  if (weights.ok() && config.tie_word_embeddings) weights->lm_head = weights->embed_tokens;
-  return weights;
+  if (format == LoadFormat::kDummy) return MakeDummyWeights(config, progress);
+  std::set<std::string, std::less<>> needed;
+  ASSIGN_OR_RETURN(MappedWeights mapped, Bind(config, dir, needed));
+  RETURN_IF_ERROR(ReadAhead(*mapped.checkpoint, needed, progress));
+  return std::move(mapped.weights);
+}
+
+absl::StatusOr<MappedWeights> MapWeights(const ModelConfig& config,
+                                         const std::filesystem::path& dir) {
+  std::set<std::string, std::less<>> needed;
+  return Bind(config, dir, needed);
 }
 
 absl::Status CheckWeights(const ModelConfig& config, const std::filesystem::path& dir) {
-  return LoadSafetensors(config, dir, /*progress=*/nullptr).status();
+  return MapWeights(config, dir).status();
 }
 
 }  // namespace latentd

@@ -75,6 +75,15 @@ absl::StatusOr<ModelWeights> LoadWeights(const ModelConfig& config,
                                          const std::filesystem::path& dir, LoadFormat format,
                                          const LoadProgress& progress);
 
+// The same checks of a checkpoint, and its files mapped; no weight is read: for who reads each one
+// once, by Checkpoint::Read().
+struct MappedWeights {
+  std::shared_ptr<const Checkpoint> checkpoint;
+  ModelWeights weights;  // views of it
+};
+absl::StatusOr<MappedWeights> MapWeights(const ModelConfig& config,
+                                         const std::filesystem::path& dir);
+
 // What LoadWeights would refuse of a checkpoint, found from its headers: no weight is read.
 absl::Status CheckWeights(const ModelConfig& config, const std::filesystem::path& dir);
 

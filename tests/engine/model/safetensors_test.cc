@@ -74,6 +74,29 @@ TEST_F(SafetensorsTest, KeepsItsContentsWhenTheFileIsReplaced) {
   EXPECT_EQ((*checkpoint)->Find("a")->data[3], std::byte{1});
 }
 
+TEST_F(SafetensorsTest, ReadsPartsOfViewsFromTheFile) {
+  const auto checkpoint = OpenHeader(
+      R"({"a": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]},
+          "b": {"dtype": "F8_E4M3", "shape": [9000], "data_offsets": [8, 9008]}})",
+      9008);
+  ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
+  const TensorView* b = (*checkpoint)->Find("b");
+  std::string out(10, 'x');
+  auto* bytes = reinterpret_cast<std::byte*>(out.data());
+  EXPECT_TRUE((*checkpoint)->Read(b->data + 8990, 9, bytes).ok());
+  EXPECT_EQ(out, std::string(9, '\1') + "x");
+  EXPECT_TRUE((*checkpoint)->Read(b->data + 9000, 0, bytes).ok());
+
+  // What is left of a file that somebody shortens can still be read.
+  std::filesystem::resize_file(file_, std::filesystem::file_size(file_) - 1000);
+  EXPECT_TRUE((*checkpoint)->Read(b->data, 10, bytes).ok());
+  const absl::Status status = (*checkpoint)->Read(b->data + 7995, 10, bytes);
+  EXPECT_EQ(status.code(), absl::StatusCode::kDataLoss);
+  EXPECT_THAT(std::string(status.message()),
+              AllOf(HasSubstr(file_.string()),
+                    HasSubstr("tensor 'b' cannot be read: its file was shortened")));
+}
+
 TEST_F(SafetensorsTest, FileErrors) {
   EXPECT_EQ(Checkpoint::OpenFile(file_).status().code(), absl::StatusCode::kNotFound);
   EXPECT_THAT(Message(Checkpoint::OpenFile(dir_.path())), HasSubstr("not a regular file"));

@@ -311,6 +311,26 @@ TEST(LoadWeightsTest, Truncated) {
   EXPECT_THAT(Message(Load(dir.path())), HasSubstr("truncated"));
 }
 
+TEST(MapWeightsTest, SameViewsAsLoadWeights) {
+  const auto config = LoadModelConfig(kDemoModel);
+  ASSERT_TRUE(config.ok());
+  const auto mapped = MapWeights(*config, kDemoModel);
+  ASSERT_TRUE(mapped.ok()) << mapped.status();
+  const auto loaded = Load(kDemoModel);
+  ASSERT_TRUE(loaded.ok());
+  const TensorView& a = mapped->weights.layers[3].o_proj.weight;
+  const TensorView& b = loaded->layers[3].o_proj.weight;
+  ASSERT_EQ(a.num_bytes(), b.num_bytes());
+  std::vector<std::byte> read(a.num_bytes());
+  ASSERT_TRUE(mapped->checkpoint->Read(a.data, a.num_bytes(), read.data()).ok());
+  EXPECT_EQ(std::memcmp(read.data(), b.data, b.num_bytes()), 0);
+
+  const auto tied = LoadModelConfig(kVariants / "tie_word_embeddings");
+  const auto shared = MapWeights(*tied, kVariants / "tie_word_embeddings");
+  ASSERT_TRUE(shared.ok()) << shared.status();
+  EXPECT_EQ(shared->weights.lm_head.data, shared->weights.embed_tokens.data);
+}
+
 // Somebody shortens the file while it is being loaded: an error, not a bus error.
 TEST(ReadAheadTest, ShortenedAfterOpening) {
   TempDir dir;
