@@ -29,9 +29,13 @@ class Engine {
   // Computes `plan`, fills the cache, and returns the sampled tokens. Blocks until the step is
   // done. Called by one thread at a time.
   //
-  // After an error the contents of the cache are undefined, but the engine is not: a later plan may
-  // succeed if it computes its sequences again from their first token.
+  // After an error the contents of the cache are undefined, but unless it is lost() the engine is
+  // not: a later plan may succeed if it computes its sequences again from their first token.
   virtual absl::StatusOr<StepResult> Execute(const StepPlan& plan) = 0;
+
+  // True once the engine has failed in a way that only a new process mends: Execute() has failed
+  // and always will. Any thread.
+  virtual bool lost() const { return false; }
 };
 
 }  // namespace latentd

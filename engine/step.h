@@ -2,6 +2,7 @@
 #define LATENTD_ENGINE_STEP_H_
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 namespace latentd {
@@ -52,8 +53,15 @@ struct StepPlan {
   bool empty() const { return sequences.empty(); }
 };
 
+// What an accelerator did, by its own clock.
+struct DeviceTimes {
+  double idle_seconds = 0;  // between the end of the step before and the begin of this one
+  double busy_seconds = 0;  // from the begin of this step to its end
+};
+
 struct StepResult {
-  std::vector<TokenId> sampled;  // [sequences with sample], in plan order
+  std::vector<TokenId> sampled;                      // [sequences with sample], in plan order
+  std::optional<DeviceTimes> device = std::nullopt;  // where the engine has one
 };
 
 }  // namespace latentd

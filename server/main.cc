@@ -11,6 +11,7 @@
 #include "absl/synchronization/mutex.h"
 #include "engine/status.h"
 #include "fmt/format.h"
+#include "server/bench/engine_bench.h"
 #include "server/check.h"
 #include "server/client/bench.h"
 #include "server/client/chat.h"
@@ -123,6 +124,65 @@ void RegisterCheckCommand(CLI::App& app, int* exit_code) {
   });
 }
 
+// `bench` has `serve` already, which is a client.
+void RegisterBenchEngineCommand(CLI::App& bench, int* exit_code) {
+  CLI::App* command = bench.add_subcommand(
+      "engine", "Run an engine alone, without server and scheduler, and measure its steps");
+  const auto flags = AddConfigFlags(command);
+  struct Scenarios {
+    std::vector<std::string> decode, prefill;
+    bool table = false, no_profile = false;
+    EngineBenchOptions options;
+  };
+  const auto given = std::make_shared<Scenarios>();
+  EngineBenchOptions& options = given->options;
+  command
+      ->add_option("--decode", given->decode,
+                   "Decode with so many sequences of so many tokens; may be given again")
+      ->type_name("COUNT:TOKENS");
+  command
+      ->add_option("--prefill", given->prefill,
+                   "Compute so many prompts of so many tokens; may be given again")
+      ->type_name("COUNT:TOKENS");
+  command->add_flag("--table", given->table, "The scenarios of README's table");
+  command->add_option("--steps", options.steps, "Measured steps of a decode scenario")
+      ->capture_default_str();
+  command->add_option("--warmup-steps", options.warmup_steps, "Steps before those")
+      ->capture_default_str();
+  command->add_option("--repeats", options.repeats, "How often a prefill scenario is run")
+      ->capture_default_str();
+  command->add_flag("--synthetic-context", options.synthetic_context,
+                    "Decode over a cache that nothing was computed into: spares the prefill");
+  command->add_flag("--no-profile", given->no_profile,
+                    "Do not run a step once more for where its time goes");
+  command->callback([command, flags, given, exit_code] {
+    const absl::Status status = [&] {
+      ASSIGN_OR_RETURN(const Invocation invocation, ReadInvocation(*command, *flags));
+      EngineBenchOptions options = given->options;
+      options.profile = !given->no_profile;
+      if (given->table) {
+        EngineBenchOptions table = TableScenarios();
+        options.decode = std::move(table.decode);
+        options.prefill = std::move(table.prefill);
+      }
+      for (const std::string& text : given->decode) {
+        ASSIGN_OR_RETURN(options.decode.emplace_back(), ParseCountAndLength("--decode", text));
+      }
+      for (const std::string& text : given->prefill) {
+        ASSIGN_OR_RETURN(options.prefill.emplace_back(), ParseCountAndLength("--prefill", text));
+      }
+      ASSIGN_OR_RETURN(const ModelConfig model, ReadModelConfig(invocation.model));
+      ASSIGN_OR_RETURN(const EngineSettings settings, ResolveEngine(invocation.config, model));
+      const LoadFormat format =
+          invocation.config.load_format == "dummy" ? LoadFormat::kDummy : LoadFormat::kSafetensors;
+      return RunEngineBench(model, invocation.model.dir, format, settings, options, std::cout,
+                            std::cerr);
+    }();
+    *exit_code = Report("bench engine", status,
+                        absl::IsInvalidArgument(status) ? kServeUsage : kServeFailed);
+  });
+}
+
 void RegisterConfigCommand(CLI::App& app) {
   app.add_subcommand("config", "Print a configuration file with every key and its default")
       ->callback([] { std::cout << ExampleYaml(); });
@@ -136,6 +196,7 @@ int Main(int argc, char** argv) {
   RegisterServeCommand(app, &exit_code);
   RegisterChatCommand(app, &exit_code);
   RegisterBenchCommand(app, &exit_code);
+  RegisterBenchEngineCommand(*app.get_subcommand("bench"), &exit_code);
   RegisterCheckCommand(app, &exit_code);
   RegisterConfigCommand(app);
   const auto is_named = [argv](const CLI::App* command) { return command->get_name() == argv[1]; };

@@ -53,7 +53,7 @@ absl::StatusOr<CudaMemoryPlan> PlanCudaMemory(const ModelConfig& config,
                                               const CudaEngineOptions& options,
                                               uint64_t memory_bytes);
 
-// One rank of the model on a Hopper GPU.
+// One rank of the model on a Hopper GPU. StepResult::device is always there.
 //
 // Execute() fails with UNAVAILABLE, naming rank and call, when CUDA does; with INTERNAL, naming the
 // sequence, for a logit that is not finite; with INVALID_ARGUMENT for a plan that PlanCheck refuses
@@ -69,10 +69,6 @@ class CudaEngine : public Engine {
       const ModelConfig& config, const std::filesystem::path& dir, LoadFormat format,
       const CudaEngineOptions& options, const OnPlan& on_plan, const LoadProgress& progress);
 
-  // True once CUDA has failed in a way that only a new process mends: every Execute() fails from
-  // then on. Any thread.
-  virtual bool lost() const = 0;
-
   // Seconds that the GPU stood idle between the end of the last step and the begin of this one, and
   // that this step took; of the last Execute(). The thread of Execute().
   struct StepTimes {
@@ -83,8 +79,8 @@ class CudaEngine : public Engine {
   virtual StepTimes last_step() const = 0;
 
   // Executes `plan` with timestamps between its kernels, and says where the time went, families in
-  // the order of their first kernel. Pure decode runs as a graph made for this call, everything else
-  // launch by launch. A timestamp keeps a kernel from beginning before the one ahead of it has
+  // the order of their first kernel. Pure decode runs as a graph made for this call, everything
+  // else launch by launch. A timestamp keeps a kernel from beginning before the one ahead of it has
   // ended, so the sum exceeds StepTimes::busy_s. For benchmarks: takes a fraction of a second. The
   // thread of Execute().
   struct FamilyTime {
