@@ -261,6 +261,7 @@ absl::StatusOr<StepResult> CudaEngineImpl::ReadResult(const StepPlan& plan) {
   const auto* sampled = reinterpret_cast<const int32_t*>(sampled_.data());
   const absl::Span<const int32_t> order = input_->plan_samples();
   StepResult result;
+  result.device = {.idle_seconds = last_step_.idle_s, .busy_seconds = last_step_.busy_s};
   result.sampled.resize(order.size());
   for (size_t i = 0; i < order.size(); ++i) result.sampled[order[i]] = sampled[i];
   size_t i = 0;
