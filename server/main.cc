@@ -152,7 +152,7 @@ void RegisterBenchEngineCommand(CLI::App& bench, int* exit_code) {
   command->add_option("--repeats", options.repeats, "How often a prefill scenario is run")
       ->capture_default_str();
   command->add_flag("--synthetic-context", options.synthetic_context,
-                    "Decode over a cache that nothing was computed into: spares the prefill");
+                    "Fill the cache block by block: spares the attention of long prompts");
   command->add_flag("--no-profile", given->no_profile,
                     "Do not run a step once more for where its time goes");
   command->callback([command, flags, given, exit_code] {

@@ -105,7 +105,7 @@ class Bench {
   // One short step: what is lazy happens here.
   absl::Status FirstStep() {
     StepPlan plan;
-    Add(slots_.front(), 0, 1, &plan);
+    Add({&slots_.front(), 0, 0, 1}, true, &plan);
     return Execute(plan).status();
   }
 
@@ -120,7 +120,7 @@ class Bench {
     for (int32_t step = 0; step < options_.warmup_steps + options_.steps; ++step) {
       const int32_t position = begin + step;
       plan = {};
-      for (int32_t i = 0; i < batch; ++i) Add(slots_[i], position, 1, &plan);
+      for (int32_t i = 0; i < batch; ++i) Add({&slots_[i], 0, position, position + 1}, true, &plan);
       ASSIGN_OR_RETURN(const StepResult result, Execute(plan));
       const double now = Seconds();
       for (int32_t i = 0; i < batch; ++i) {
@@ -163,7 +163,9 @@ class Bench {
     double floor = 0, reached = 0;
     int64_t steps = 0;
     for (int32_t repeat = 0; repeat < options_.repeats; ++repeat) {
-      const std::vector<StepPlan> plans = PrefillPlans(prompts, 0, length);
+      std::vector<Piece> pieces;
+      for (int32_t i = 0; i < prompts; ++i) pieces.push_back({&slots_[i], 0, 0, length});
+      const std::vector<StepPlan> plans = MakeSteps(std::move(pieces));
       if (repeat == 0) {
         first = plans.front();
         steps = static_cast<int64_t>(plans.size());
@@ -248,50 +250,76 @@ class Bench {
     return absl::OkStatus();
   }
 
-  // Tokens [begin, begin + count) of a sequence, which then draws, greedily.
-  static void Add(const Slot& slot, int32_t begin, int32_t count, StepPlan* plan,
-                  bool sample = true) {
-    const int32_t num_blocks = (begin + count + kBlockSize - 1) / kBlockSize;
-    plan->sequences.push_back({.id = plan->sequences.size(),
-                               .num_computed_tokens = begin,
-                               .num_tokens = count,
-                               .num_blocks = num_blocks,
-                               .sample = sample,
-                               .sampling = {.temperature = 0}});
-    plan->tokens.insert(plan->tokens.end(), slot.tokens.begin() + begin,
-                        slot.tokens.begin() + begin + count);
-    plan->blocks.insert(plan->blocks.end(), slot.blocks.begin(), slot.blocks.begin() + num_blocks);
+  // Tokens [begin, end) of what begins with a sequence's block `first_block`.
+  struct Piece {
+    const Slot* slot = nullptr;
+    int32_t first_block = 0;
+    int32_t begin = 0;
+    int32_t end = 0;
+  };
+
+  // Adds a piece to a step; it draws, greedily, if wanted.
+  static void Add(const Piece& piece, bool sample, StepPlan* plan) {
+    const int32_t num_blocks = (piece.end + kBlockSize - 1) / kBlockSize;
+    SequenceStep& s = plan->sequences.emplace_back();
+    s.id = plan->sequences.size();
+    s.num_computed_tokens = piece.begin;
+    s.num_tokens = piece.end - piece.begin;
+    s.num_blocks = num_blocks;
+    s.sample = sample;
+    s.sampling.temperature = 0;
+    const auto tokens = piece.slot->tokens.begin() + piece.first_block * kBlockSize;
+    const auto blocks = piece.slot->blocks.begin() + piece.first_block;
+    plan->tokens.insert(plan->tokens.end(), tokens + piece.begin, tokens + piece.end);
+    plan->blocks.insert(plan->blocks.end(), blocks, blocks + num_blocks);
   }
 
-  // The steps that compute tokens [begin, end) of the first `count` sequences (begin < 0: those
-  // that each of them lacks), one after the other, as many a step as it takes.
-  std::vector<StepPlan> PrefillPlans(int32_t count, int32_t begin, int32_t end) const {
-    std::vector<StepPlan> plans(1);
-    for (int32_t i = 0; i < count; ++i) {
-      for (int32_t at = begin < 0 ? slots_[i].computed : begin; at < end;) {
-        const auto used = static_cast<int32_t>(plans.back().tokens.size());
-        const int32_t n = std::min(end - at, info_.max_step_tokens - used);
-        if (n == 0 || static_cast<int32_t>(plans.back().sequences.size()) == info_.max_sequences) {
+  // The steps that compute the pieces in their order, as many tokens a step as it takes.
+  std::vector<StepPlan> MakeSteps(std::vector<Piece> pieces) const {
+    std::vector<StepPlan> plans;
+    for (Piece& piece : pieces) {
+      while (piece.begin < piece.end) {
+        if (plans.empty() ||
+            static_cast<int32_t>(plans.back().tokens.size()) == info_.max_step_tokens ||
+            static_cast<int32_t>(plans.back().sequences.size()) == info_.max_sequences) {
           plans.emplace_back();
-          continue;
         }
-        Add(slots_[i], at, n, &plans.back(), at + n == end);
-        at += n;
+        const int32_t left =
+            info_.max_step_tokens - static_cast<int32_t>(plans.back().tokens.size());
+        Piece now = piece;
+        now.end = std::min(piece.end, piece.begin + left);
+        Add(now, now.end == piece.end, &plans.back());
+        piece.begin = now.end;
       }
     }
     return plans;
   }
 
+  // Fills the cache for the first `length` tokens of the first `count` sequences, as far as it
+  // lacks them.
   absl::Status ComputeContexts(int32_t count, int32_t length) {
-    if (!options_.synthetic_context) {
-      const std::vector<StepPlan> plans = PrefillPlans(count, -1, length);
-      if (!plans.front().empty()) {
-        err_ << absl::StrFormat("computing %d contexts of %d tokens\n", count, length)
-             << std::flush;
+    std::vector<Piece> pieces;
+    for (int32_t i = 0; i < count; ++i) {
+      Slot& slot = slots_[i];
+      if (slot.computed >= length) continue;
+      if (options_.synthetic_context) {
+        const int32_t first = slot.computed / kBlockSize;
+        for (int32_t block = first; block * kBlockSize < length; ++block) {
+          const int32_t end = static_cast<int32_t>(slot.tokens.size()) - block * kBlockSize;
+          pieces.push_back({&slot, block, 0, std::min(end, kBlockSize)});
+        }
+      } else {
+        pieces.push_back({&slot, 0, slot.computed, length});
       }
-      for (const StepPlan& plan : plans) RETURN_IF_ERROR(Execute(plan).status());
+      slot.computed = length;
     }
-    for (int32_t i = 0; i < count; ++i) slots_[i].computed = std::max(slots_[i].computed, length);
+    if (pieces.empty()) return absl::OkStatus();
+    err_ << absl::StrFormat("computing %d contexts of %d tokens%s\n", count, length,
+                            options_.synthetic_context ? ", block by block" : "")
+         << std::flush;
+    for (const StepPlan& plan : MakeSteps(std::move(pieces))) {
+      RETURN_IF_ERROR(Execute(plan).status());
+    }
     return absl::OkStatus();
   }
 

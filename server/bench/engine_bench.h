@@ -30,8 +30,8 @@ struct EngineBenchOptions {
   int32_t steps = 64;                        // measured, of each decode scenario; >= 1
   int32_t warmup_steps = 8;                  // before those; >= 0
   int32_t repeats = 3;                       // of each prefill scenario; >= 1
-  // Contexts are declared computed without being so: whatever the cache holds is read. Spares their
-  // prefill; an engine whose fresh cache is no numbers refuses the logits.
+  // Each block of a context is computed as if a sequence began with it: the cache is as full, and
+  // the attention of long prompts is spared.
   bool synthetic_context = false;
   bool profile = true;  // where the time of a step goes, where the engine can tell
 };
