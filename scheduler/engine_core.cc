@@ -136,7 +136,12 @@ class EngineCore::Impl {
     absl::StatusOr<std::vector<SequenceEvent>> events =
         result.ok() ? scheduler_.Update(plan, *result) : result.status();
     num_failed_steps_ = events.ok() ? 0 : num_failed_steps_ + 1;
-    if (!events.ok()) events = Fail(plan, FailedStepError(events.status()));
+    absl::Status lost;  // why, once the engine is
+    if (!events.ok()) {
+      const absl::Status error = FailedStepError(events.status());
+      if (engine_->lost()) lost = error;
+      events = Fail(plan, error);
+    }
     const absl::Time updated = absl::Now();
     {
       absl::MutexLock lock(&mutex_);
@@ -145,6 +150,9 @@ class EngineCore::Impl {
       Publish();
     }
     Emit(*std::move(events));
+    if (!lost.ok() && !std::exchange(loss_told_, true) && callbacks_.on_lost) {
+      callbacks_.on_lost(lost);
+    }
     if (callbacks_.on_step) {
       callbacks_.on_step(
           {.num_sequences = static_cast<int32_t>(plan.sequences.size()),
@@ -152,19 +160,21 @@ class EngineCore::Impl {
            .num_sampled = result.ok() ? static_cast<int32_t>(result->sampled.size()) : 0,
            .schedule = scheduled - start,
            .execute = executed - scheduled,
-           .update = updated - executed});
+           .update = updated - executed,
+           .device = result.ok() ? result->device : std::nullopt});
     }
   }
 
-  // Ends a failed step: its requests fail; all do if the engine keeps failing.
+  // Ends a failed step: its requests fail; all do if the engine keeps failing, or is lost.
   std::vector<SequenceEvent> Fail(const StepPlan& plan, const absl::Status& error)
       ABSL_LOCKS_EXCLUDED(mutex_) {
     std::vector<SequenceEvent> events = scheduler_.Abort(plan, error);
-    if (num_failed_steps_ < kMaxFailedSteps) return events;
+    const bool lost = engine_->lost();
+    if (num_failed_steps_ < kMaxFailedSteps && !lost) return events;
     std::vector<SequenceEvent> others = scheduler_.FailAll(error);
     std::move(others.begin(), others.end(), std::back_inserter(events));
     absl::MutexLock lock(&mutex_);
-    rest_until_ = absl::Now() + kRest;
+    rest_until_ = lost ? absl::InfiniteFuture() : absl::Now() + kRest;
     rest_reason_ = error;
     return events;
   }
@@ -197,6 +207,7 @@ class EngineCore::Impl {
   // The core thread's.
   Scheduler scheduler_;
   int num_failed_steps_ = 0;  // on end
+  bool loss_told_ = false;
 
   // Never held during Schedule, Execute, Update or a callback.
   mutable absl::Mutex mutex_;

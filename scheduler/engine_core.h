@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -20,6 +21,7 @@ struct StepReport {
   int32_t num_tokens = 0;  // computed
   int32_t num_sampled = 0;
   absl::Duration schedule, execute, update;
+  std::optional<DeviceTimes> device = std::nullopt;  // as the engine told
 };
 
 // A picture of the core at one moment.
@@ -43,13 +45,17 @@ struct CoreStats {
 //
 // When a step fails, its requests end with kFailed and UNAVAILABLE, and the others go on. After
 // three failed steps on end all requests end so, and for a second Submit refuses with the engine's
-// error; then the next request is a new try.
+// error; then the next request is a new try. When the engine is lost, all requests end so at once,
+// and Submit refuses for good.
 class EngineCore {
  public:
   struct Callbacks {
     // Called by the core thread, in order, and must not block: the events of one step together.
     std::function<void(std::vector<SequenceEvent>)> on_events;
     std::function<void(const StepReport&)> on_step = nullptr;  // may be empty
+    // Called once, by the core thread, after the events that end all requests; may be empty. With
+    // what they ended with.
+    std::function<void(const absl::Status&)> on_lost = nullptr;
   };
 
   // `engine` is not owned and must outlive the core. Starts the thread.

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "absl/synchronization/mutex.h"
+#include "absl/synchronization/notification.h"
 #include "absl/time/clock.h"
 #include "tests/scheduler/fake_engine.h"
 
@@ -90,6 +91,7 @@ class GatedEngine : public Engine {
   explicit GatedEngine(const FakeEngineOptions& options = {}) : fake_(options) {}
 
   EngineInfo info() const override { return fake_.info(); }
+  bool lost() const override { return fake_.lost(); }
 
   absl::StatusOr<StepResult> Execute(const StepPlan& plan) override {
     {
@@ -335,6 +337,43 @@ TEST(EngineCoreTest, TheThirdFailureOnEndTakesTheWaitingAlong) {
     EXPECT_EQ(log.WaitForEnd(id).back().error.code(), absl::StatusCode::kUnavailable);
   }
   EXPECT_EQ(engine.fake().num_steps(), 3);
+}
+
+TEST(EngineCoreTest, ALostEngineEndsAllRequestsAtOnceAndForGood) {
+  GatedEngine engine;
+  EventLog log;
+  std::vector<absl::Status> losses;
+  absl::Notification lost;
+  EngineCore::Callbacks callbacks = log.callbacks();
+  callbacks.on_lost = [&](const absl::Status& status) {
+    losses.push_back(status);
+    // The events came first.
+    for (RequestId id = 1; id <= 5; ++id) EXPECT_FALSE(log.All()[id].empty());
+    lost.Notify();
+  };
+  EngineCore core({.max_running = 2}, &engine, std::move(callbacks));
+  engine.Close();
+  for (RequestId id = 1; id <= 5; ++id) ASSERT_TRUE(core.Submit(MakeRequest(id, 10, 5)).ok());
+  engine.WaitForStep();
+  engine.fake().lose();
+  engine.Open();
+  for (RequestId id = 1; id <= 5; ++id) {
+    const SequenceEvent end = log.WaitForEnd(id).back();
+    EXPECT_EQ(end.kind, SequenceEvent::Kind::kFailed);
+    EXPECT_EQ(end.error.code(), absl::StatusCode::kUnavailable);
+    EXPECT_THAT(std::string(end.error.message()), HasSubstr("injected loss"));
+  }
+  ASSERT_TRUE(lost.WaitForNotificationWithTimeout(kPatience));
+  EXPECT_EQ(engine.fake().num_steps(), 1);
+  // A step that only fails is given another try after a second.
+  absl::SleepFor(absl::Milliseconds(1200));
+  const absl::Status refused = core.Submit(MakeRequest(6, 10, 5));
+  EXPECT_EQ(refused.code(), absl::StatusCode::kUnavailable);
+  EXPECT_THAT(std::string(refused.message()), HasSubstr("injected loss"));
+  EXPECT_EQ(engine.fake().num_steps(), 1);
+  core.Stop();
+  ASSERT_EQ(losses.size(), 1u);
+  EXPECT_EQ(losses[0].message(), refused.message());
 }
 
 TEST(EngineCoreTest, AnIdleCoreBurnsNoCpu) {

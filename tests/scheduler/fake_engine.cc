@@ -47,6 +47,7 @@ FakeEngine::FakeEngine(const FakeEngineOptions& options)
 absl::StatusOr<StepResult> FakeEngine::Execute(const StepPlan& plan) {
   const absl::Time start = absl::Now();
   ++num_steps_;
+  if (lost_) return absl::UnavailableError("injected loss");
   RETURN_IF_ERROR(CheckPlan(plan));
   StepResult result;
   Offsets at;

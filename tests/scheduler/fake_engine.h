@@ -45,7 +45,7 @@ struct FakeEngineOptions {
 // and Expected() says what it should have been. Before anything runs, each plan is checked against
 // the contract of step.h and engine.h; a breach is INVALID_ARGUMENT and ruins nothing.
 //
-// Thread rule as Engine; fail_next_steps() and num_steps() from any thread.
+// Thread rule as Engine; fail_next_steps(), lose() and num_steps() from any thread.
 class FakeEngine : public Engine {
  public:
   explicit FakeEngine(const FakeEngineOptions& options = {});
@@ -58,6 +58,10 @@ class FakeEngine : public Engine {
 
   // The next `count` steps fail with UNAVAILABLE.
   void fail_next_steps(int count) { num_steps_to_fail_ = count; }
+
+  // From now on every step fails with UNAVAILABLE, and the engine is lost.
+  void lose() { lost_ = true; }
+  bool lost() const override { return lost_; }
 
   int64_t num_steps() const { return num_steps_; }  // executed, failed ones too
 
@@ -84,6 +88,7 @@ class FakeEngine : public Engine {
   std::vector<std::vector<uint64_t>> cache_;  // [num_dp_ranks][num_blocks * block_size]
   std::mt19937_64 random_;
   std::atomic<int> num_steps_to_fail_ = 0;
+  std::atomic<bool> lost_ = false;
   std::atomic<int64_t> num_steps_ = 0;
 };
 
