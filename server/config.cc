@@ -84,8 +84,9 @@ const std::vector<ConfigKey>& Table() {
        "On the CUDA engine too a sequence's tokens do not depend, bit for bit, on what else is "
        "computed; slower. The CPU engine is so always."},
       {"step_deadline", T::kDuration, &C::step_deadline,
-       "A step, or a loading that moves no byte, that lasts longer makes liveness fail.", 1000,
-       kDay},
+       "A step that lasts longer is an engine that is lost: streams end with UNAVAILABLE and the "
+       "daemon exits. A loading that moves nothing for so long makes liveness fail.",
+       1000, kDay},
       {"chat_template", T::kString, &C::chat_template,
        "File of a Jinja chat template to use instead of the model's own. Empty: the model's."},
       {"allow_request_chat_template", T::kBool, &C::allow_request_chat_template,

@@ -96,7 +96,9 @@ absl::StatusOr<EngineMemory> PlanEngineMemory(const ModelConfig& model,
 #ifdef LATENTD_HAVE_CUDA
   const absl::StatusOr<CudaMemoryPlan> plan =
       PlanCudaMemory(model, CudaOptions(settings), available_bytes);
-  if (absl::IsResourceExhausted(plan.status())) return EngineMemory{.fits = plan.status()};
+  if (absl::IsResourceExhausted(plan.status())) {
+    return EngineMemory{.table = "", .num_blocks = 0, .fits = plan.status()};
+  }
   RETURN_IF_ERROR(plan.status());
   return EngineMemory{
       .table = plan->ToString(), .num_blocks = plan->num_blocks, .fits = absl::OkStatus()};

@@ -85,6 +85,22 @@ int Fail(const ServeConfig& config, const absl::Status& status) {
   return kServeFailed;
 }
 
+// Ends the process where a thread may hang in a step or in loading and cannot be joined.
+[[noreturn]] void ExitNow(int exit_code) {
+  ShutdownLogging();
+  std::_Exit(exit_code);
+}
+
+// The engine is lost: its calls get what they are told, if their clients read, and no more time
+// than that. Together well below five seconds.
+[[noreturn]] void EndLost(const ServeConfig& config, Server* server) {
+  const int exit_code = Fail(config, *server->lost());
+  const absl::Time deadline = absl::Now() + absl::Seconds(2);
+  while (server->num_active() > 0 && absl::Now() < deadline) absl::SleepFor(absl::Milliseconds(10));
+  server->Stop(absl::Milliseconds(500));
+  ExitNow(exit_code);
+}
+
 // Waits for the calls that run; cuts off what is left. The exit code.
 int Drain(const ServeConfig& config, Events* events, Server* server) {
   server->StartDrain();
@@ -93,9 +109,10 @@ int Drain(const ServeConfig& config, Events* events, Server* server) {
             {"drain_timeout", absl::FormatDuration(config.drain_timeout)}});
   const absl::Time deadline = absl::Now() + config.drain_timeout;
   int signal = 0;
-  while (server->num_active() > 0 && absl::Now() < deadline && signal == 0) {
+  while (server->num_active() > 0 && absl::Now() < deadline && signal == 0 && !server->lost()) {
     signal = events->Wait(absl::Milliseconds(20));
   }
+  if (server->lost()) EndLost(config, server);
   const int cut = server->num_active();
   if (cut > 0) {
     LogEvent(spdlog::level::warn, "drain ends: calls are cut off",
@@ -108,14 +125,10 @@ int Drain(const ServeConfig& config, Events* events, Server* server) {
   return cut > 0 ? kServeFailed : kServeOk;
 }
 
-// Ends the process where a thread may hang in a step or in loading and cannot be joined.
-[[noreturn]] void ExitNow(int exit_code) {
-  ShutdownLogging();
-  std::_Exit(exit_code);
-}
-
-int ServeUntilSignal(const ServeConfig& config, const ModelPath& model, Events* events) {
-  auto started = Server::Start(config, model, [events] { events->Wake(); });
+int ServeUntilSignal(const ServeConfig& config, const ModelPath& model, Server::Loader loader,
+                     Events* events) {
+  auto started = Server::Start(
+      config, model, [events] { events->Wake(); }, std::move(loader));
   if (!started.ok()) return Fail(config, started.status());
   const std::unique_ptr<Server> server = *std::move(started);
 
@@ -124,6 +137,7 @@ int ServeUntilSignal(const ServeConfig& config, const ModelPath& model, Events* 
   while (signal == 0) {
     load_status = server->load_status();
     if (load_status.has_value() && !load_status->ok()) return Fail(config, *load_status);
+    if (server->lost()) EndLost(config, server.get());
     signal = events->Wait(absl::InfiniteDuration());
   }
   LogEvent(spdlog::level::info, "signal", {{"name", strsignal(signal)}});
@@ -141,10 +155,10 @@ int ServeUntilSignal(const ServeConfig& config, const ModelPath& model, Events* 
 
 }  // namespace
 
-int RunServe(const ServeConfig& config, const ModelPath& model) {
+int RunServe(const ServeConfig& config, const ModelPath& model, Server::Loader loader) {
   Events events;
   InitLogging(config.log_format == "json" ? LogFormat::kJson : LogFormat::kText, config.log_level);
-  const int exit_code = ServeUntilSignal(config, model, &events);
+  const int exit_code = ServeUntilSignal(config, model, std::move(loader), &events);
   ShutdownLogging();
   return exit_code;
 }

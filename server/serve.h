@@ -3,19 +3,23 @@
 
 #include "server/config.h"
 #include "server/model_loader.h"
+#include "server/server.h"
 
 namespace latentd {
 
 // Exit codes of the daemon.
 inline constexpr int kServeOk = 0;      // asked to end, and every call had ended
-inline constexpr int kServeFailed = 1;  // could not listen or load, or calls were cut off
+inline constexpr int kServeFailed = 1;  // could not listen or load, calls were cut off, engine lost
 inline constexpr int kServeUsage = 2;   // a flag or the configuration is wrong
 
 // `latentd serve`: the process around a Server. Loads, serves, and on SIGTERM or SIGINT drains:
 // readiness NOT_SERVING, running calls go on for config.drain_timeout at most, then UNAVAILABLE. A
-// second signal ends the drain; a signal while loading ends at once. Returns the exit code. Call it
-// on the main thread before there are others: it takes over the signals of the whole process.
-int RunServe(const ServeConfig& config, const ModelPath& model);
+// second signal ends the drain; a signal while loading ends at once. When the engine is lost, or a
+// step lasts longer than config.step_deadline, streams get their UNAVAILABLE and the process ends
+// with kServeFailed within five seconds. Returns the exit code, or ends the process itself where a
+// thread may hang. Call it on the main thread before there are others: it takes over the signals of
+// the whole process.
+int RunServe(const ServeConfig& config, const ModelPath& model, Server::Loader loader = LoadModel);
 
 }  // namespace latentd
 

@@ -14,6 +14,7 @@
 #include "engine/status.h"
 #include "fmt/format.h"
 #include "server/log.h"
+#include "server/status.h"
 #include "server/version.h"
 
 namespace latentd {
@@ -153,9 +154,10 @@ class Server::Progress final : public LoadListener {
   absl::Time next_shown_ = absl::InfinitePast();
 };
 
-Server::Server(const ServeConfig& config, ModelPath model)
+Server::Server(const ServeConfig& config, ModelPath model, Loader loader)
     : config_(config),
       model_(std::move(model)),
+      load_model_(std::move(loader)),
       metrics_(model_.name),
       observer_(std::make_unique<Observer>(&metrics_)),
       service_({.max_concurrent_requests = static_cast<int32_t>(config.max_concurrent_requests),
@@ -170,9 +172,10 @@ Server::~Server() {
 }
 
 absl::StatusOr<std::unique_ptr<Server>> Server::Start(const ServeConfig& config, ModelPath model,
-                                                      std::function<void()> on_loaded) {
-  auto server = std::unique_ptr<Server>(new Server(config, std::move(model)));
-  server->on_loaded_ = std::move(on_loaded);
+                                                      std::function<void()> on_change,
+                                                      Loader loader) {
+  auto server = std::unique_ptr<Server>(new Server(config, std::move(model), std::move(loader)));
+  server->on_change_ = std::move(on_change);
   RETURN_IF_ERROR(server->Listen());
   server->SetState(ServerState::kLoading);
   server->load_moved_ns_ = absl::GetCurrentTimeNanos();
@@ -184,16 +187,8 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const ServeConfig& config,
             const int64_t moved = self->load_moved_ns_;
             return moved == 0 ? absl::InfinitePast() : absl::FromUnixNanos(moved);
           },
-      .on_change =
-          [self = server.get()](bool stuck, absl::Duration busy) {
-            LogEvent(stuck ? spdlog::level::err : spdlog::level::warn,
-                     stuck ? "no progress: a step or the loading is stuck" : "progress again",
-                     {{"seconds", absl::ToDoubleSeconds(busy)},
-                      {"step_deadline", absl::FormatDuration(self->config_.step_deadline)}});
-            absl::MutexLock lock(&self->mutex_);
-            self->alive_ = !stuck;
-            self->UpdateHealth();
-          }});
+      .on_change = [self = server.get()](bool stuck,
+                                         absl::Duration busy) { self->OnStuck(stuck, busy); }});
   server->loader_ = std::thread([self = server.get()] { self->Load(); });
   return server;
 }
@@ -252,12 +247,51 @@ void Server::Load() {
     absl::MutexLock lock(&mutex_);
     load_status_ = status;
   }
-  if (on_loaded_) on_loaded_();
+  if (on_change_) on_change_();
+}
+
+// The watchdog's thread. A step that is stuck will not come back: collectives and kernels have no
+// deadline of their own.
+void Server::OnStuck(bool stuck, absl::Duration busy) {
+  LogEvent(stuck ? spdlog::level::err : spdlog::level::warn,
+           stuck ? "no progress: a step or the loading is stuck" : "progress again",
+           {{"seconds", absl::ToDoubleSeconds(busy)},
+            {"step_deadline", absl::FormatDuration(config_.step_deadline)}});
+  if (stuck && running_core_ != nullptr) {
+    OnLost(absl::UnavailableError(
+        fmt::format("the engine failed: rank 0: Execute: a step has not returned for {}; "
+                    "step_deadline is {}",
+                    absl::FormatDuration(absl::Trunc(busy, absl::Milliseconds(1))),
+                    absl::FormatDuration(config_.step_deadline))));
+    return;
+  }
+  absl::MutexLock lock(&mutex_);
+  alive_ = !stuck && !lost_;
+  UpdateHealth();
+}
+
+// The core's thread, or the watchdog's. First health, so that nobody new is sent here.
+void Server::OnLost(const absl::Status& why) {
+  {
+    absl::MutexLock lock(&mutex_);
+    if (lost_) return;
+    lost_ = MakeError(absl::StatusCode::kUnavailable, "ENGINE_LOST", why.message());
+    alive_ = false;
+    UpdateHealth();
+  }
+  service_.StartDrain();
+  service_.AbortAll(*lost());
+  if (on_change_) on_change_();
+}
+
+std::optional<absl::Status> Server::lost() const {
+  absl::MutexLock lock(&mutex_);
+  return lost_;
 }
 
 absl::Status Server::LoadAndServe() {
   Progress progress(this);
-  ASSIGN_OR_RETURN(LoadedModel loaded, LoadModel(config_, model_, &progress));
+  ASSIGN_OR_RETURN(LoadedModel loaded, load_model_(config_, model_, &progress));
   progress.EndPhase();
   engine_ = std::move(loaded.engine);
   core_ = std::make_unique<EngineCore>(
@@ -271,7 +305,8 @@ absl::Status Server::LoadAndServe() {
               [this](std::vector<SequenceEvent> events) {
                 service_.HandleEvents(std::move(events));
               },
-          .on_step = [this](const StepReport& report) { metrics_.OnStep(report); }});
+          .on_step = [this](const StepReport& report) { metrics_.OnStep(report); },
+          .on_lost = [this](const absl::Status& why) { OnLost(why); }});
   running_core_ = core_.get();
   metrics_.SetEngine(engine_->info(), std::string(EngineName(loaded.engine_kind)),
                      config_.prefix_caching, [core = core_.get()] { return core->stats(); });

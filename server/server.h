@@ -33,10 +33,15 @@ namespace latentd {
 // its own. Methods are for one thread, the owner's.
 class Server {
  public:
-  // Opens the ports and begins to load. `on_loaded` is called once, by the loading thread, when
-  // load_status() has its value. An error names the address.
+  // What loads: LoadModel(), but for tests that bring an engine of their own.
+  using Loader = std::function<absl::StatusOr<LoadedModel>(const ServeConfig&, const ModelPath&,
+                                                           LoadListener*)>;
+
+  // Opens the ports and begins to load. `on_change` is called when load_status() has its value, and
+  // when lost() has one, by threads of the server. An error names the address.
   static absl::StatusOr<std::unique_ptr<Server>> Start(const ServeConfig& config, ModelPath model,
-                                                       std::function<void()> on_loaded);
+                                                       std::function<void()> on_change,
+                                                       Loader loader = LoadModel);
   // Stop(), and waits for the loading thread.
   ~Server();
 
@@ -44,7 +49,12 @@ class Server {
   int http_port() const { return http_ == nullptr ? 0 : http_->port(); }
   // nullopt while the model is loading; then OK, which is serving, or why it could not be loaded.
   std::optional<absl::Status> load_status() const;
-  // False while a step, or the loading, lasts longer than config.step_deadline.
+  // Why the engine will compute nothing any more; nullopt as long as it may. By then health is
+  // NOT_SERVING, and every call is being ended with this UNAVAILABLE. Its thread may hang for ever:
+  // what is left is to end the process.
+  std::optional<absl::Status> lost() const;
+  // False while the loading moves nothing for longer than config.step_deadline, and once the engine
+  // is lost.
   bool alive() const { return health_.alive(); }
 
   // From now on readiness is NOT_SERVING and new calls are UNAVAILABLE; running calls go on.
@@ -60,21 +70,25 @@ class Server {
   class Observer;
   class Progress;
 
-  Server(const ServeConfig& config, ModelPath model);
+  Server(const ServeConfig& config, ModelPath model, Loader loader);
   absl::Status Listen();
   void Load();
   absl::Status LoadAndServe();
+  void OnStuck(bool stuck, absl::Duration busy);
+  void OnLost(const absl::Status& why);
   void SetState(ServerState state);
   void UpdateHealth() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   const ServeConfig config_;
   const ModelPath model_;
-  std::function<void()> on_loaded_;
+  const Loader load_model_;
+  std::function<void()> on_change_;
 
   mutable absl::Mutex mutex_;
   ServerState state_ ABSL_GUARDED_BY(mutex_) = ServerState::kStarting;
   bool alive_ ABSL_GUARDED_BY(mutex_) = true;
   std::optional<absl::Status> load_status_ ABSL_GUARDED_BY(mutex_);
+  std::optional<absl::Status> lost_ ABSL_GUARDED_BY(mutex_);
   std::atomic<int64_t> load_moved_ns_{0};  // when loading last moved, Unix time; 0: not loading
 
   Metrics metrics_;

@@ -52,6 +52,13 @@ void Fill(Metrics* metrics) {
                      .cached_tokens = 20};
   });
   metrics->OnStep(Step(2, 66, 2));
+  // A GPU tells its times; that it waited while there were no requests is no matter.
+  StepReport decode = Step(2, 2, 2);
+  decode.device = {.idle_seconds = 0.00015, .busy_seconds = 0.0045};
+  metrics->OnStep(decode);
+  decode.device->idle_seconds = 60;
+  decode.after_pause = true;
+  metrics->OnStep(decode);
   metrics->OnFirstToken(absl::Milliseconds(15));
   metrics->OnTokens(absl::Milliseconds(3), 4);
   RequestRecord record = Record("StreamChat", absl::StatusCode::kOk, "stop");
@@ -79,7 +86,7 @@ TEST(MetricsTest, CountsWhatHappened) {
            "latentd_kv_cache_usage_ratio{model=\"demo\"} 0.25\n",
            "latentd_prompt_tokens_total{model=\"demo\"} 50\n",
            "latentd_prompt_tokens_cached_total{model=\"demo\"} 20\n",
-           "latentd_generation_tokens_total{model=\"demo\"} 2\n",
+           "latentd_generation_tokens_total{model=\"demo\"} 6\n",
            "latentd_preemptions_total{model=\"demo\"} 1\n",
            "latentd_client_cancelled_total{model=\"demo\"} 1\n",
            "latentd_load_bytes_loaded{model=\"demo\"} 10\n",
@@ -96,9 +103,13 @@ TEST(MetricsTest, CountsWhatHappened) {
            "latentd_inter_token_latency_seconds_count{model=\"demo\"} 4\n",
            "latentd_time_per_output_token_seconds_sum{model=\"demo\"} 0.01\n",
            "latentd_prefill_seconds_sum{model=\"demo\"} 0.01\n",
-           "latentd_step_seconds_count{model=\"demo\"} 1\n",
-           "latentd_step_tokens_bucket{model=\"demo\",le=\"64\"} 0\n",
-           "latentd_step_tokens_bucket{model=\"demo\",le=\"128\"} 1\n",
+           "latentd_step_seconds_count{model=\"demo\",kind=\"prefill\"} 1\n",
+           "latentd_step_seconds_count{model=\"demo\",kind=\"decode\"} 2\n",
+           "latentd_device_busy_seconds_count{model=\"demo\"} 2\n",
+           "latentd_device_idle_seconds_sum{model=\"demo\"} 0.00015\n",
+           "latentd_device_idle_seconds_count{model=\"demo\"} 1\n",
+           "latentd_step_tokens_bucket{model=\"demo\",le=\"64\"} 2\n",
+           "latentd_step_tokens_bucket{model=\"demo\",le=\"128\"} 3\n",
            "latentd_request_generation_tokens_sum{model=\"demo\"} 5\n",
            "block_size=\"64\"",
            "version=\"",

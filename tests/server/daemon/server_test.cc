@@ -36,7 +36,9 @@ class ServerTest : public ::testing::Test {
   absl::Status Start() {
     auto path = ModelPath::Resolve(config_, std::filesystem::absolute("build/latentd"));
     if (!path.ok()) return path.status();
-    auto server = Server::Start(config_, *path, [this] { loaded_.Notify(); });
+    auto server = Server::Start(config_, *path, [this] {
+      if (!loaded_.HasBeenNotified()) loaded_.Notify();
+    });
     if (!server.ok()) return server.status();
     server_ = *std::move(server);
     channel_ = grpc::CreateChannel("127.0.0.1:" + std::to_string(server_->grpc_port()),
