@@ -101,7 +101,8 @@ class EngineCore::Impl {
     bool stopping;
     {
       absl::MutexLock lock(&mutex_);
-      if (scheduler_.idle()) mutex_.Await(absl::Condition(this, &Impl::HasMessages));
+      after_pause_ = scheduler_.idle();
+      if (after_pause_) mutex_.Await(absl::Condition(this, &Impl::HasMessages));
       messages.swap(inbox_);
       num_not_started_ += std::exchange(num_submitted_, 0);
       stopping = stopping_;
@@ -161,7 +162,8 @@ class EngineCore::Impl {
            .schedule = scheduled - start,
            .execute = executed - scheduled,
            .update = updated - executed,
-           .device = result.ok() ? result->device : std::nullopt});
+           .device = result.ok() ? result->device : std::nullopt,
+           .after_pause = after_pause_});
     }
   }
 
@@ -208,6 +210,7 @@ class EngineCore::Impl {
   Scheduler scheduler_;
   int num_failed_steps_ = 0;  // on end
   bool loss_told_ = false;
+  bool after_pause_ = true;  // the step under way came after a time without requests
 
   // Never held during Schedule, Execute, Update or a callback.
   mutable absl::Mutex mutex_;

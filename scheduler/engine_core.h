@@ -22,6 +22,7 @@ struct StepReport {
   int32_t num_sampled = 0;
   absl::Duration schedule, execute, update;
   std::optional<DeviceTimes> device = std::nullopt;  // as the engine told
+  bool after_pause = false;  // before it nothing was to be done; so the device was idle
 };
 
 // A picture of the core at one moment.

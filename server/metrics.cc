@@ -67,15 +67,20 @@ class Writer {
   void Counter(std::string_view name, std::string_view help, double value) {
     Family(name, help, "counter").Value(value);
   }
-  void Distribution(std::string_view name, std::string_view help, const Histogram& histogram) {
+  // One histogram of the family.
+  Writer& Buckets(const Histogram& histogram, const Labels& labels = {}) {
     const Histogram::Snapshot snapshot = histogram.Collect();
-    Family(name, help, "histogram");
+    Labels bucket = labels;
+    bucket.emplace_back("le", "");
     for (size_t i = 0; i < snapshot.bounds.size(); ++i) {
-      Line("_bucket", static_cast<double>(snapshot.cumulative[i]),
-           {{"le", NumberText(snapshot.bounds[i])}});
+      bucket.back().second = NumberText(snapshot.bounds[i]);
+      Line("_bucket", static_cast<double>(snapshot.cumulative[i]), bucket);
     }
-    Line("_sum", snapshot.sum, {});
-    Line("_count", static_cast<double>(snapshot.cumulative.back()), {});
+    Line("_sum", snapshot.sum, labels);
+    return Line("_count", static_cast<double>(snapshot.cumulative.back()), labels);
+  }
+  void Distribution(std::string_view name, std::string_view help, const Histogram& histogram) {
+    Family(name, help, "histogram").Buckets(histogram);
   }
   std::string Take() { return std::move(text_); }
 
@@ -159,7 +164,10 @@ Metrics::Metrics(std::string model)
       request_duration_(kRequestSeconds),
       queue_(kFirstTokenSeconds),
       prefill_(kFirstTokenSeconds),
-      step_(kTokenSeconds),
+      decode_step_(kTokenSeconds),
+      prefill_step_(kTokenSeconds),
+      device_busy_(kTokenSeconds),
+      device_idle_(kSchedulerSeconds),
       scheduler_(kSchedulerSeconds),
       step_tokens_(kStepTokens),
       step_sequences_(kStepSequences),
@@ -191,7 +199,12 @@ void Metrics::SetEngine(const EngineInfo& info, std::string engine, bool prefix_
 }
 
 void Metrics::OnStep(const StepReport& report) {
-  step_.Observe(absl::ToDoubleSeconds(report.execute));
+  const bool decode = report.num_tokens == report.num_sequences;
+  (decode ? decode_step_ : prefill_step_).Observe(absl::ToDoubleSeconds(report.execute));
+  if (report.device) {
+    device_busy_.Observe(report.device->busy_seconds);
+    if (!report.after_pause) device_idle_.Observe(report.device->idle_seconds);
+  }
   scheduler_.Observe(absl::ToDoubleSeconds(report.schedule + report.update));
   step_tokens_.Observe(report.num_tokens);
   step_sequences_.Observe(report.num_sequences);
@@ -323,7 +336,17 @@ std::string Metrics::Text() const {
   out.Distribution("latentd_queue_seconds", "From a call's arrival to its first step.", queue_);
   out.Distribution("latentd_prefill_seconds", "From a request's first step to its first token.",
                    prefill_);
-  out.Distribution("latentd_step_seconds", "One step of the engine.", step_);
+  out.Family("latentd_step_seconds",
+             "One step of the engine: decode computes one token of each sequence, prefill more.",
+             "histogram")
+      .Buckets(decode_step_, {{"kind", "decode"}})
+      .Buckets(prefill_step_, {{"kind", "prefill"}});
+  out.Distribution("latentd_device_busy_seconds",
+                   "Of a step, what the GPU needed for it. Empty for the CPU engine.",
+                   device_busy_);
+  out.Distribution("latentd_device_idle_seconds",
+                   "Between two steps, how long the GPU waited; pauses without requests aside.",
+                   device_idle_);
   out.Distribution("latentd_scheduler_seconds", "Planning and booking of one step.", scheduler_);
   out.Distribution("latentd_step_tokens", "Tokens computed in one step.", step_tokens_);
   out.Distribution("latentd_step_sequences", "Sequences of one step.", step_sequences_);

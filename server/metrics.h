@@ -105,7 +105,10 @@ class Metrics final : public RequestObserver {
   Histogram request_duration_;
   Histogram queue_;
   Histogram prefill_;
-  Histogram step_;
+  Histogram decode_step_;
+  Histogram prefill_step_;
+  Histogram device_busy_;
+  Histogram device_idle_;
   Histogram scheduler_;
   Histogram step_tokens_;
   Histogram step_sequences_;

@@ -185,6 +185,8 @@ TEST(EngineCoreTest, ReportsEachStep) {
     EXPECT_EQ(reports[i].num_tokens, num_tokens[i]);
     EXPECT_EQ(reports[i].num_sampled, num_sampled[i]);
     EXPECT_GE(reports[i].execute, absl::ZeroDuration());
+    EXPECT_EQ(reports[i].after_pause, i == 0);
+    EXPECT_FALSE(reports[i].device.has_value());  // the fake engine has none
   }
 }
 
