@@ -15,26 +15,13 @@
 namespace latentd {
 namespace {
 
+using namespace kernel_family;  // NOLINT(google-build-using-namespace)
+
 // Up to so many rows a linear layer is the speed of its weights' bytes, where Fp8Gemm is ahead of
 // cuBLASLt.
 constexpr int kFp8GemmRows = 128;
 // batch_invariant: the head is computed for so many rows at a time, always.
 constexpr int kInvariantLogitRows = 64;
-
-// Names of kernel families, for KernelTimer.
-constexpr std::string_view kNorm = "norm";
-constexpr std::string_view kProjections = "q and kv projections";
-constexpr std::string_view kAbsorption = "absorption";
-constexpr std::string_view kAttention = "attention";
-constexpr std::string_view kPrefillAttention = "prefill attention";
-constexpr std::string_view kOutput = "o projection";
-constexpr std::string_view kDense = "dense MLP";
-constexpr std::string_view kRouter = "router and gather";
-constexpr std::string_view kGateUp = "experts: gate and up";
-constexpr std::string_view kQuantize = "experts: quantise";
-constexpr std::string_view kDown = "experts: down";
-constexpr std::string_view kHead = "head";
-constexpr std::string_view kSampling = "sampling";
 
 int64_t WholeTiles(int64_t rows) { return (rows + kRowTile - 1) / kRowTile * kRowTile; }
 

@@ -14,6 +14,23 @@
 
 namespace latentd {
 
+// The families of a step's kernels.
+namespace kernel_family {
+inline constexpr std::string_view kNorm = "norm";
+inline constexpr std::string_view kProjections = "q and kv projections";
+inline constexpr std::string_view kAbsorption = "absorption";
+inline constexpr std::string_view kAttention = "attention";
+inline constexpr std::string_view kPrefillAttention = "prefill attention";
+inline constexpr std::string_view kOutput = "o projection";
+inline constexpr std::string_view kDense = "dense MLP";
+inline constexpr std::string_view kRouter = "router and gather";
+inline constexpr std::string_view kGateUp = "experts: gate and up";
+inline constexpr std::string_view kQuantize = "experts: quantise";
+inline constexpr std::string_view kDown = "experts: down";
+inline constexpr std::string_view kHead = "head";
+inline constexpr std::string_view kSampling = "sampling";
+}  // namespace kernel_family
+
 // Timestamps between the kernels of a step, on a stream that runs or on one that is captured.
 class KernelTimer {
  public:
