@@ -3,7 +3,6 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "engine/cuda/cuda_status.h"
-#include "engine/status.h"
 
 namespace latentd {
 
@@ -28,7 +27,12 @@ DeviceMemory::~DeviceMemory() {
 
 absl::StatusOr<PinnedMemory> PinnedMemory::Allocate(size_t bytes) {
   PinnedMemory memory;
-  RETURN_IF_CUDA_ERROR(cudaMallocHost(reinterpret_cast<void**>(&memory.data_), bytes));
+  const absl::Status status =
+      CudaStatus(cudaMallocHost(reinterpret_cast<void**>(&memory.data_), bytes), "cudaMallocHost");
+  if (!status.ok()) {
+    return absl::Status(status.code(), absl::StrCat(status.message(), ": ", bytes,
+                                                    " bytes of pinned host memory asked for"));
+  }
   memory.bytes_ = bytes;
   return memory;
 }

@@ -78,10 +78,14 @@ void Convert(const WeightCopy& copy, size_t count, const std::byte* in, std::byt
 
 }  // namespace
 
-int64_t PieceRows(const WeightCopy& copy, size_t bytes) {
+size_t PieceBytes(const WeightCopy& copy, int64_t rows) {
   const size_t element = std::max(DTypeBytes(copy.source->dtype), DTypeBytes(copy.target_dtype));
-  const auto rows = static_cast<int64_t>(
-      bytes / (element * static_cast<size_t>(std::max<int64_t>(copy.num_cols, 1))));
+  return static_cast<size_t>(rows * copy.num_cols) * element;
+}
+
+int64_t PieceRows(const WeightCopy& copy, size_t bytes) {
+  const size_t row_bytes = std::max<size_t>(PieceBytes(copy, 1), 1);
+  const auto rows = static_cast<int64_t>(bytes / row_bytes);
   const int64_t unit = OneBlock(copy) ? 1 : copy.block_rows;
   return std::min(copy.num_rows, std::max(rows / unit * unit, unit));
 }

@@ -16,6 +16,9 @@ namespace latentd {
 // larger than `bytes`: whole blocks, at least one.
 int64_t PieceRows(const WeightCopy& copy, size_t bytes);
 
+// Bytes of so many rows in their stored or their final form, whichever is larger.
+size_t PieceBytes(const WeightCopy& copy, int64_t rows);
+
 // Reads bytes of a stored tensor.
 using ReadBytes = std::function<absl::Status(const std::byte* begin, size_t size, std::byte* out)>;
 

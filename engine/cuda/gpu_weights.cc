@@ -23,7 +23,7 @@ namespace {
 // What the kernels are compiled for.
 constexpr int kLatent = 512, kRope = 64, kNope = 128, kValue = 128;
 constexpr int kBf16Unit = 32;         // columns of a tile of bf16 weights
-constexpr int kMaxColumns = 1 << 16;  // of any weight: a load's pieces hold several rows
+constexpr int kMaxColumns = 1 << 16;  // of any weight: sizes of matrices fit where they are kept
 
 absl::Status Unsupported(const char* field, int64_t value, const std::string& supported) {
   return absl::UnimplementedError(

@@ -64,12 +64,15 @@ struct GpuWeights {
 // no multiple of what the kernels need.
 absl::Status CheckCudaSupports(const ModelConfig& config);
 
-// Bytes that GpuWeights::memory takes.
+// Bytes that GpuWeights::memory takes. A router that a checkpoint stores wider than config.json's
+// dtype says takes its own size.
 uint64_t GpuWeightBytes(const ModelConfig& config, int32_t max_model_len);
 
-// Copies each tensor from the mapped checkpoint to the current device once, through pinned buffers
-// and several threads; or makes random ones on the GPU (kDummy). Errors of the checkpoint are those
-// of LoadWeights().
+// Copies each tensor from the checkpoint's files to the current device once, through pinned buffers
+// and several threads; or makes random ones on the GPU (kDummy): those of MakeDummyWeights(), bit
+// for bit. Errors of the checkpoint are those of LoadWeights(), and UNIMPLEMENTED, by name, for a
+// projection that is not FP8 in an FP8 model. RESOURCE_EXHAUSTED, with the numbers, when they do
+// not fit. max_model_len >= 1.
 absl::StatusOr<std::unique_ptr<GpuWeights>> LoadGpuWeights(const ModelConfig& config,
                                                            const std::filesystem::path& dir,
                                                            LoadFormat format, int32_t max_model_len,
