@@ -31,6 +31,7 @@ PACKAGES = [
     (r'sqlite3', ['server/batch/']),
     (r'nccl', ['engine/comm/']),
     (r'cuda|cublas', ['engine/cuda/', 'engine/comm/']),
+    (r'flashinfer/|cutlass/|cute/|cub/|thrust/|deep_gemm/', ['engine/cuda/']),
     # The scheduler is C++ and absl alone.
     (r'spdlog/|nlohmann/', ['server/', 'engine/']),
     # No files and no clocks of its own in the scheduler.
@@ -59,7 +60,7 @@ def offences(path: str):
         for package, homes in PACKAGES:
             if re.match(package, header) and not any(path.startswith(h) for h in homes):
                 yield f'{path}:{number}: {header} belongs into {" or ".join(homes)} alone'
-    if path.endswith('.h'):
+    if path.endswith(('.h', '.cuh')):
         guard = 'LATENTD_' + re.sub(r'\W', '_', path.upper()) + '_'
         if f'#ifndef {guard}\n#define {guard}\n' not in text:
             yield f'{path}:1: the include guard is not {guard}'

@@ -80,7 +80,8 @@ class Daemon:
         self.address = f'127.0.0.1:{free_port()}'
         self.http = f'127.0.0.1:{free_port()}'
         self.log = tempfile.NamedTemporaryFile('w+', prefix='latentd-', suffix='.log')
-        command = [BINARY, 'serve', '--model', model, '--listen', self.address, '--http-listen', self.http, *flags]
+        # A GPU's whole memory would be too much for two daemons at once; a later flag of the same name wins.
+        command = [BINARY, 'serve', '--model', model, '--listen', self.address, '--http-listen', self.http, '--kv-cache-memory', '1GiB', *flags]
         self.process = subprocess.Popen([str(c) for c in command], stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log)
         self.channel = self.new_channel()
         self.stub = pb_grpc.InferenceServiceStub(self.channel)

@@ -1,6 +1,7 @@
 """Start, health, drain, stop, and starts that are refused."""
 
 import json
+import pathlib
 import shutil
 import signal
 import struct
@@ -139,6 +140,20 @@ def test_a_port_in_use(daemon):
     done = run('serve', '--model', DEMO_MODEL, '--listen', '127.0.0.1:0', '--http-listen', daemon.http)
     assert done.returncode > 0
     assert daemon.http in done.stdout + done.stderr
+
+
+def test_the_cuda_engine_without_a_gpu():
+    """The program starts where there is no driver, and says what is missing only when it is asked for it."""
+    if pathlib.Path('/dev/nvidiactl').exists():
+        pytest.skip('there is a GPU')
+    said = refused('--engine', 'cuda')
+    assert 'cuda' in said.lower()
+    done = run('bench', 'engine', '--model', DEMO_MODEL, '--engine', 'cuda', '--decode', '1:10')
+    assert done.returncode == 1 and 'cuda' in done.stderr.lower() and not done.stdout, done.stderr
+    done = run('bench', 'engine', '--model', DEMO_MODEL, '--decode', '2:10', '--steps', '3')
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line['name'] for line in lines] == ['start', 'decode 2:10'] and lines[0]['engine'] == 'cpu'
 
 
 def test_an_unknown_key_names_the_nearest(tmp_path):
