@@ -19,8 +19,9 @@
 namespace latentd {
 namespace {
 
-// Large enough to hide what a copy costs to begin; small enough that the buffers of all threads stay
-// in the processor's cache until the GPU has fetched them: 16 threads reach 37 GB/s, 30 with 4 MiB.
+// Large enough to hide what a copy costs to begin; small enough that the buffers of all threads
+// stay in the processor's cache until the GPU has fetched them: 16 threads reach 37 GB/s, 30 with 4
+// MiB.
 constexpr size_t kPieceBytes = size_t{1} << 20;
 
 // One thread's way to the GPU: while one of two pinned buffers is copied the other is filled.

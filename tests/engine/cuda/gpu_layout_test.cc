@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 
 #include "engine/cuda/gpu_staging.h"
@@ -80,6 +81,24 @@ TEST_P(LayoutTest, EveryElementHasItsPlace) {
 
 INSTANTIATE_TEST_SUITE_P(Models, LayoutTest, testing::ValuesIn(kLayoutCases),
                          [](const auto& info) { return info.param.name; });
+
+void ExpectLaidOut(const std::filesystem::path& dir) {
+  const auto config = LoadModelConfig(dir);
+  ASSERT_TRUE(config.ok()) << config.status();
+  const auto mapped = MapWeights(*config, dir);
+  ASSERT_TRUE(mapped.ok()) << mapped.status();
+  const HostWeights host = LoadToHost(*config, *mapped, 1 << 20);
+  ExpectEqualWeights(ActualWeights(*config, host.weights, ReadHost),
+                     ExpectedWeights(*config, mapped->weights));
+}
+
+TEST(LayoutTest, DemoModel) { ExpectLaidOut("deploy/demo-model"); }
+
+TEST(LayoutTest, DemoModelBf16) {
+  const char* dir = std::getenv("LATENTD_DEMO_BF16");
+  if (dir == nullptr) GTEST_SKIP() << "LATENTD_DEMO_BF16 is not set";
+  ExpectLaidOut(dir);
+}
 
 // A router that is stored wider than the rest stays so, and the memory grows by that.
 TEST(LayoutTest, F32RouterInABf16Model) {
