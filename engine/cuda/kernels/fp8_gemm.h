@@ -13,7 +13,8 @@ namespace latentd {
 // out = x W^T in FP8 with 1x128 activation and 128x128 weight scales, for one matrix or a group of
 // them, any shape with k % 128 == 0 and n % 64 == 0. Weights are the left operand of the tensor
 // cores ("swap AB"), so that few rows waste nothing. Each element's sum runs over k in one order
-// that n, k and the GPU fix: other rows, their number and the tile chosen for it change no bit.
+// that n, k, num_groups and the GPU's number of multiprocessors fix: other rows, their number and
+// the tile chosen for them change no bit.
 struct Fp8GemmArgs {
   Fp8Rows x;  // [num_rows, k]; rows beyond the last of `group_offsets` are not read for a result
   int num_rows = 0;     // dense: rows. Grouped: the most that group_offsets[num_groups] can be
@@ -30,13 +31,24 @@ struct Fp8GemmArgs {
   // silu(gate) * up.
   bool swiglu = false;
 
-  std::byte* workspace = nullptr;  // Fp8GemmWorkspaceBytes(); zeroed once before the first use,
-                                   // left zeroed by each call
+  // Fp8GemmWorkspaceBytes(), zeroed once before the first use. One call at a time may use it: calls
+  // of a stream may share it. nullptr: the last tiles are not shared out among the multiprocessors.
+  std::byte* workspace = nullptr;
 };
 
 size_t Fp8GemmWorkspaceBytes();
 
 cudaError_t Fp8Gemm(const Fp8GemmArgs& args, cudaStream_t stream);
+
+// What Fp8Gemm() chooses from the shape, for tests and benchmarks. 0: the choice.
+struct Fp8GemmTuning {
+  int row_tile = 0;       // rows of x a tile: 8, 16, 32, 64 or 128
+  int stages = 0;         // at most, of the ring in shared memory
+  int segments = 0;       // of k, that sums are grouped into; others give other bits
+  int cluster = 0;        // thread blocks that share a tile of x: 1 or 2, with tiles of 128
+  int guess_blocks = -1;  // of 128 of k, prefetched before the groups are known; -1: the choice
+};
+cudaError_t Fp8Gemm(const Fp8GemmArgs& args, const Fp8GemmTuning& tuning, cudaStream_t stream);
 
 // The same product by plain loops in f32, for tests: exact up to the order of its sums.
 cudaError_t Fp8GemmReference(const Fp8GemmArgs& args, cudaStream_t stream);

@@ -1,0 +1,3 @@
+latentd_test(fp8_gemm_test SRCS fp8_gemm_test.cu DEPS latentd_kernel_fp8_gemm latentd_kernel_fp8_gemm_reference latentd_device_test
+  LABELS unit TIMEOUT 300)
+latentd_benchmark(fp8_gemm_benchmark SRCS fp8_gemm_benchmark.cu DEPS latentd_kernel_fp8_gemm latentd_device_test GTest::gtest)
