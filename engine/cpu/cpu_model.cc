@@ -1,5 +1,7 @@
 #include "engine/cpu/cpu_model.h"
 
+#include <algorithm>
+
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "engine/model/quantization.h"
@@ -32,7 +34,10 @@ class Packer {
   // The same for a projection of activations, which are rounded to FP8 for FP8 weights if wanted.
   PackedMatrix Projection(const std::vector<MatrixPart>& parts) {
     PackedMatrix m = (*this)(parts);
-    if (quantize_activations_ && parts[0].linear->weight.dtype == DType::kF8E4M3) {
+    const bool fp8 = std::all_of(parts.begin(), parts.end(), [](const MatrixPart& part) {
+      return part.linear->weight.dtype == DType::kF8E4M3;
+    });
+    if (quantize_activations_ && fp8) {
       const Fp8Quantization& fp8 = *model_.config.quantization;
       m.quantize_input = {.group = fp8.block_cols, .power_of_two_scales = fp8.power_of_two_scales};
     }

@@ -26,6 +26,8 @@ int64_t PartK(const MatrixPart& part) {
   return part.transposed ? part.num_rows : part.linear->weight.shape[1];
 }
 
+bool IsFp8(const MatrixPart& part) { return part.linear->weight.dtype == DType::kF8E4M3; }
+
 // out[count] = elements first, first + stride, ... of `tensor` as they are stored, without scales.
 void ReadCodes(const TensorView& tensor, int64_t first, int64_t stride, int64_t count, float* out) {
   switch (tensor.dtype) {
@@ -129,16 +131,18 @@ PackedMatrix Pack(const std::vector<MatrixPart>& parts,
   m.k_padded = static_cast<int>(RoundUp(m.k, kRowPadding));
   m.group = m.k_padded;
   bool f32 = false;
-  const bool fp8 = parts[0].linear->weight.dtype == DType::kF8E4M3;
+  bool any_fp8 = false, all_fp8 = true;
   for (const MatrixPart& part : parts) {
-    LATENTD_CHECK(PartK(part) == m.k && (part.linear->weight.dtype == DType::kF8E4M3) == fp8);
+    LATENTD_CHECK(PartK(part) == m.k);
     m.n += static_cast<int>(PartN(part));
     f32 = f32 || part.linear->weight.dtype == DType::kF32;
+    any_fp8 = any_fp8 || IsFp8(part);
+    all_fp8 = all_fp8 && IsFp8(part);
   }
   int num_groups = 0;
-  if (fp8) {
+  if (any_fp8) {
     LATENTD_CHECK(quantization.has_value());
-    const int group = ScaleGroup(parts, *quantization);
+    const int group = all_fp8 ? ScaleGroup(parts, *quantization) : 0;
     f32 = group == 0;
     if (!f32) {
       m.group = group;
@@ -166,7 +170,7 @@ PackedMatrix Pack(const std::vector<MatrixPart>& parts,
       const int64_t p = n / kPanelCols, column = n % kPanelCols;
       if (f32) {
         for (int k = 0; k < m.k; ++k) {
-          const float scale = fp8 ? ScaleAt(*part, *quantization, part_row, k) : 1.0f;
+          const float scale = IsFp8(*part) ? ScaleAt(*part, *quantization, part_row, k) : 1.0f;
           out_f32[p * panel + k * kPanelCols + column] = row[k] * scale;
         }
         continue;

@@ -36,7 +36,7 @@ class Arena {
 //
 // bf16 and FP8 weights are held as bf16, which both convert to exactly; the FP8 scales stay apart
 // and are applied to the sum over their block. f32 weights are held as f32, and so are FP8 weights
-// whose blocks do not fit the panels.
+// whose blocks do not fit the panels, or that share a matrix with others.
 struct PackedMatrix {
   int n = 0;
   int k = 0;                       // true k

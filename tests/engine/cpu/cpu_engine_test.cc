@@ -5,6 +5,7 @@
 
 #include <limits>
 
+#include "engine/model/quantization.h"
 #include "tests/engine/cpu/harness.h"
 
 namespace latentd {
@@ -142,6 +143,26 @@ TEST(CpuEngineTest, RefusesACacheThatDoesNotFit) {
                                   {.num_blocks = std::numeric_limits<int32_t>::max()});
   EXPECT_EQ(engine.status().code(), absl::StatusCode::kResourceExhausted);
   EXPECT_THAT(std::string(engine.status().message()), HasSubstr("2147483647 blocks"));
+}
+
+// A checkpoint may have some projections in FP8 and others not; gate and up share a matrix here.
+TEST(CpuEngineTest, GateAndUpMayDifferInType) {
+  LoadedModel model = LoadModel("tests/golden/variants/fp8");
+  const std::vector<TokenId> tokens = {1, 2, 3, 4, 5};
+  const std::vector<float> expected = Runner(model, {.num_blocks = 1}).Prefill(tokens, 5);
+  std::vector<std::vector<float>> copies;
+  for (LayerWeights& layer : model.weights.layers) {
+    for (LinearWeight* linear : {&layer.mlp.up_proj, &layer.moe.shared_experts.gate_proj}) {
+      if (linear->weight.empty()) continue;
+      std::vector<float>& copy = copies.emplace_back(linear->weight.num_elements());
+      Dequantize(*linear, model.config.quantization, 0, linear->weight.shape[0], copy.data());
+      linear->weight.dtype = DType::kF32;
+      linear->weight.data = reinterpret_cast<const std::byte*>(copy.data());
+      linear->scale_inv = {};
+    }
+  }
+  const std::vector<float> logits = Runner(model, {.num_blocks = 1}).Prefill(tokens, 5);
+  for (size_t i = 0; i < logits.size(); ++i) ASSERT_NEAR(logits[i], expected[i], 1e-4) << i;
 }
 
 // The draw depends on the sequence alone: not on its neighbours, their number, or the threads.
