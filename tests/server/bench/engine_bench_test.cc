@@ -99,6 +99,13 @@ TEST(EngineBenchTest, ContextsAreComputedOnceOrBlockByBlock) {
   EXPECT_EQ(by_block.lines[1]["synthetic_context"], true);
 }
 
+TEST(EngineBenchTest, OneStepWillDo) {
+  const Ran ran = RunBench({.decode = {{1, 1}}, .steps = 1, .warmup_steps = 0});
+  ASSERT_TRUE(ran.status.ok()) << ran.status;
+  EXPECT_EQ(ran.lines[1]["steps"], 1);
+  EXPECT_GT(ran.lines[1]["tok_s"], 0);
+}
+
 TEST(EngineBenchTest, RandomWeightsDo) {
   const Ran ran =
       RunBench({.prefill = {{1, 5}}, .repeats = 1},
