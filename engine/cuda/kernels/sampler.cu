@@ -1,0 +1,538 @@
+// Draws a token from each row of logits. A cluster of eight blocks has a row in its shared memory:
+// the logits are read once, and all that follows (largest, limits, sums, draw) is passes over
+// shared memory with a barrier of the cluster between them. Bound by the bytes of the logits, then
+// by exp in f64.
+//
+// Weights are integers: exp(...) in f64, in units of 2^-46 (more for vocabularies beyond 2^17).
+// Their sums are exact and the same in any order, which is what makes a row's draw the same on any
+// number of threads; against sums in f64 they differ by 10^-11.
+//
+// top_k and top_p keep a prefix of the order (logit down, id up), which is found without sorting: a
+// histogram over the distance from the largest logit tells the bucket in which the prefix ends,
+// then ever finer ones over the bits of the logits in that bucket; among equal logits the ids are
+// counted.
+
+#include <algorithm>
+#include <climits>
+
+#include "engine/cuda/kernels/cluster.cuh"
+#include "engine/cuda/kernels/launch.cuh"
+#include "engine/cuda/kernels/sampler.h"
+
+namespace latentd {
+namespace {
+
+constexpr int kBlocks = 8;  // of a row's cluster
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / 32;
+constexpr int kBuckets = 2048;
+constexpr int kOwned = kBuckets / kBlocks;  // buckets of all blocks that a block adds up
+constexpr int kLimbBits = 16, kLimbs = 3;
+constexpr double kLowestExponent = -45.0;
+constexpr uint32_t kAllSuppressedKey = 0x007fffffu;  // OrderedKey(-infinity)
+static_assert(kOwned <= kThreads);
+
+// Orders floats as integers: the larger value, the larger key.
+__device__ __forceinline__ uint32_t OrderedKey(float value) {
+  const uint32_t bits = __float_as_uint(value);
+  return bits ^ (bits >> 31 != 0 ? ~0u : 0x80000000u);
+}
+__device__ __forceinline__ float ValueOfKey(uint32_t key) {
+  return __uint_as_float(key ^ (key >> 31 != 0 ? 0x80000000u : ~0u));
+}
+
+// UniformDraw() of engine/sampling.h, as the integer of 53 bits that it is a multiple of 2^-53 of.
+__device__ uint64_t DrawBits(uint64_t seed, int32_t sample_index, int64_t position) {
+  uint32_t c0 = static_cast<uint32_t>(position),
+           c1 = static_cast<uint32_t>(static_cast<uint64_t>(position) >> 32);
+  uint32_t c2 = static_cast<uint32_t>(sample_index), c3 = 0;
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+#pragma unroll
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t product0 = uint64_t{0xD2511F53u} * c0, product1 = uint64_t{0xCD9E8D57u} * c2;
+    c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0;
+    c1 = static_cast<uint32_t>(product1);
+    c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ k1;
+    c3 = static_cast<uint32_t>(product0);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return (uint64_t{c1} << 32 | c0) >> 11;
+}
+
+struct KernelArgs {
+  SampleArgs sample;
+  int chunk;        // tokens of a block, a multiple of 4
+  int weight_bits;  // a weight of 1 is 1 << weight_bits
+};
+
+// What the blocks of a cluster tell each other: slot i is written by block i, into the memory of
+// all.
+struct Mailbox {
+  uint64_t best[kBlocks];  // of the largest logit: key << 32 | ~id
+  uint32_t not_finite[kBlocks];
+  uint64_t sum[kBlocks];
+  uint32_t count[kBlocks];
+  uint32_t low_key[kBlocks], high_key[kBlocks];
+  // By the block whose buckets hold the end of a prefix.
+  uint64_t found_before, found_sum;
+  uint32_t found_bucket, found_count;
+  uint32_t last_id;
+};
+
+struct Shared {
+  Mailbox mailbox;
+  uint32_t histogram[kLimbs + 1][kBuckets];  // the limbs of weights, then counts
+  uint64_t warp_sums[kWarps];
+  uint32_t warp_counts[kWarps];
+  uint32_t warp_low[kWarps], warp_high[kWarps];
+};
+
+// A prefix of the order (logit down, id up): keys above `key`, and of those equal to it ids up to
+// `last_id`.
+struct Kept {
+  uint32_t key;
+  uint32_t last_id;
+};
+
+// The end of a prefix within a histogram's buckets.
+struct Bucket {
+  uint32_t index, count;
+  uint64_t before, sum;  // of buckets before it; its own
+};
+
+// A block's part of one row.
+struct Row {
+  const float* values;  // [size] in shared memory
+  int size;
+  uint32_t first_id;
+  Shared* shared;
+  uint32_t rank;  // of the block
+  double largest, inverse_temperature, unit;
+  float bucket_scale;
+
+  __device__ __forceinline__ bool Keeps(const Kept& kept, uint32_t key, int i) const {
+    return key > kept.key || (key == kept.key && first_id + i <= kept.last_id);
+  }
+  __device__ __forceinline__ double Weight(float value) const {
+    return exp((static_cast<double>(value) - largest) * inverse_temperature);
+  }
+  __device__ __forceinline__ uint64_t Units(double weight) const {
+    return __double2ull_rn(weight * unit);
+  }
+  __device__ __forceinline__ uint32_t CoarseBucket(float value) const {
+    const float distance = (static_cast<float>(largest) - value) * bucket_scale;
+    return min(static_cast<uint32_t>(fminf(distance, kBuckets)), kBuckets - 1u);
+  }
+};
+
+__device__ __forceinline__ uint64_t WarpSum(uint64_t value) {
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) value += __shfl_xor_sync(~0u, value, d);
+  return value;
+}
+__device__ __forceinline__ uint64_t WarpInclusiveScan(uint64_t value) {
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const uint64_t below = __shfl_up_sync(~0u, value, d);
+    if (threadIdx.x % 32 >= d) value += below;
+  }
+  return value;
+}
+
+__device__ __forceinline__ void ClearHistogram(Shared& shared) {
+  for (int i = threadIdx.x; i < (kLimbs + 1) * kBuckets; i += kThreads)
+    (&shared.histogram[0][0])[i] = 0;
+  __syncthreads();
+}
+template <bool kWeights>
+__device__ __forceinline__ void AddToHistogram(const Row& row, uint32_t bucket, float value) {
+  auto& histogram = row.shared->histogram;
+  atomicAdd(&histogram[kLimbs][bucket], 1u);
+  if constexpr (kWeights) {
+    const uint64_t units = row.Units(row.Weight(value));
+#pragma unroll
+    for (int limb = 0; limb < kLimbs; ++limb) {
+      const uint32_t part =
+          static_cast<uint32_t>(units >> (limb * kLimbBits)) & ((1u << kLimbBits) - 1);
+      if (part != 0) atomicAdd(&histogram[limb][bucket], part);
+    }
+  }
+}
+
+// Adds the histograms of all blocks and finds the bucket in which the running sum (of weights, or
+// counts) reaches need(sum of all), which must be within [1, sum of all]. need() returns 0 for no
+// limit: then count is 0 in the result.
+template <bool kWeights, typename Need>
+__device__ Bucket FindBucket(const Row& row, const Need& need) {
+  Shared& shared = *row.shared;
+  Mailbox& mailbox = shared.mailbox;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  ClusterSync();  // all histograms are complete
+  uint64_t sum = 0;
+  uint32_t count = 0;
+  const uint32_t bucket = row.rank * kOwned + threadIdx.x;
+  if (threadIdx.x < kOwned) {
+    for (uint32_t block = 0; block < kBlocks; ++block) {
+      count += LoadRemote(&shared.histogram[kLimbs][bucket], block);
+      if constexpr (kWeights) {
+#pragma unroll
+        for (int limb = 0; limb < kLimbs; ++limb) {
+          sum += uint64_t{LoadRemote(&shared.histogram[limb][bucket], block)} << (limb * kLimbBits);
+        }
+      }
+    }
+    if constexpr (!kWeights) sum = count;
+  }
+  uint64_t through = WarpInclusiveScan(sum);
+  if (lane == 31) shared.warp_sums[warp] = through;
+  __syncthreads();
+  for (int w = 0; w < warp; ++w) through += shared.warp_sums[w];
+  if (threadIdx.x == kOwned - 1) {
+    for (uint32_t block = 0; block < kBlocks; ++block)
+      StoreRemote(&mailbox.sum[row.rank], block, through);
+  }
+  ClusterSync();
+  uint64_t before = 0, total = 0;
+  for (uint32_t block = 0; block < kBlocks; ++block) {
+    if (block < row.rank) before += mailbox.sum[block];
+    total += mailbox.sum[block];
+  }
+  const uint64_t wanted = need(total);
+  if (wanted == 0) return {0, 0, 0, 0};
+  before += through - sum;
+  if (threadIdx.x < kOwned && before < wanted && wanted <= before + sum) {
+    for (uint32_t block = 0; block < kBlocks; ++block) {
+      StoreRemote(&mailbox.found_bucket, block, bucket);
+      StoreRemote(&mailbox.found_count, block, count);
+      StoreRemote(&mailbox.found_before, block, before);
+      StoreRemote(&mailbox.found_sum, block, sum);
+    }
+  }
+  ClusterSync();
+  return {mailbox.found_bucket, mailbox.found_count, mailbox.found_before, mailbox.found_sum};
+}
+
+// Smallest and largest key of the kept tokens in a coarse bucket.
+__device__ void KeyRange(const Row& row, const Kept& kept, uint32_t bucket, uint32_t* low,
+                         uint32_t* high) {
+  Shared& shared = *row.shared;
+  Mailbox& mailbox = shared.mailbox;
+  uint32_t least = ~0u, most = 0;
+  for (int i = threadIdx.x; i < row.size; i += kThreads) {
+    const uint32_t key = OrderedKey(row.values[i]);
+    if (row.Keeps(kept, key, i) && row.CoarseBucket(row.values[i]) == bucket) {
+      least = min(least, key);
+      most = max(most, key);
+    }
+  }
+  least = __reduce_min_sync(~0u, least);
+  most = __reduce_max_sync(~0u, most);
+  if (threadIdx.x % 32 == 0) {
+    shared.warp_low[threadIdx.x / 32] = least;
+    shared.warp_high[threadIdx.x / 32] = most;
+  }
+  __syncthreads();
+  if (threadIdx.x < kBlocks) {
+    for (int w = 0; w < kWarps; ++w) {
+      least = min(least, shared.warp_low[w]);
+      most = max(most, shared.warp_high[w]);
+    }
+    StoreRemote(&mailbox.low_key[row.rank], threadIdx.x, least);
+    StoreRemote(&mailbox.high_key[row.rank], threadIdx.x, most);
+  }
+  ClusterSync();
+  *low = ~0u;
+  *high = 0;
+  for (int block = 0; block < kBlocks; ++block) {
+    *low = min(*low, mailbox.low_key[block]);
+    *high = max(*high, mailbox.high_key[block]);
+  }
+}
+
+// The id of the `rank_wanted`-th (from 1) kept token whose key is `key`.
+__device__ uint32_t IdOfTie(const Row& row, const Kept& kept, uint32_t key, uint64_t wanted) {
+  Shared& shared = *row.shared;
+  Mailbox& mailbox = shared.mailbox;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int segment = (row.size + kThreads - 1) / kThreads * 32;  // of a warp
+  const int begin = min(warp * segment, row.size), end = min(begin + segment, row.size);
+  const auto is_tie = [&](int i) {
+    return i < end && OrderedKey(row.values[i]) == key && row.Keeps(kept, key, i);
+  };
+  uint32_t count = 0;
+  for (int i = begin; i < end; i += 32) count += __popc(__ballot_sync(~0u, is_tie(i + lane)));
+  if (lane == 0) shared.warp_counts[warp] = count;
+  __syncthreads();
+  if (threadIdx.x < kBlocks) {
+    uint32_t sum = 0;
+    for (int w = 0; w < kWarps; ++w) sum += shared.warp_counts[w];
+    StoreRemote(&mailbox.count[row.rank], threadIdx.x, sum);
+  }
+  ClusterSync();
+  uint64_t before = 0;
+  for (uint32_t block = 0; block < row.rank; ++block) before += mailbox.count[block];
+  for (int w = 0; w < warp; ++w) before += shared.warp_counts[w];
+  if (before < wanted && wanted <= before + count) {
+    for (int i = begin; i < end; i += 32) {
+      const uint32_t ties = __ballot_sync(~0u, is_tie(i + lane));
+      const uint32_t here = __popc(ties);
+      if (wanted <= before + here) {
+        const uint32_t through = __popc(ties & (~0u >> (31 - lane)));
+        if ((ties >> lane & 1) != 0 && before + through == wanted) {
+          for (uint32_t block = 0; block < kBlocks; ++block) {
+            StoreRemote(&mailbox.last_id, block, row.first_id + i + lane);
+          }
+        }
+        break;
+      }
+      before += here;
+    }
+  }
+  ClusterSync();
+  return mailbox.last_id;
+}
+
+// The shortest prefix of `kept` whose sum (of weights, or counts) is at least need(sum of `kept`);
+// `kept` when need() is 0.
+template <bool kWeights, typename Need>
+__device__ Kept ShortestPrefix(const Row& row, const Kept& kept, const Need& need) {
+  ClearHistogram(*row.shared);
+  for (int i = threadIdx.x; i < row.size; i += kThreads) {
+    const float value = row.values[i];
+    if (row.Keeps(kept, OrderedKey(value), i))
+      AddToHistogram<kWeights>(row, row.CoarseBucket(value), value);
+  }
+  uint64_t wanted = 0;
+  Bucket bucket = FindBucket<kWeights>(row, [&](uint64_t total) { return wanted = need(total); });
+  if (bucket.count == 0) return kept;
+  uint32_t low, high;
+  KeyRange(row, kept, bucket.index, &low, &high);
+  wanted -= bucket.before;
+  // The prefix ends among the bucket.count tokens with keys in [low, high], whose sum is
+  // bucket.sum, when they have given `wanted`.
+  while (low < high && bucket.count > 1 && wanted != bucket.sum) {
+    const int shift = max(0, 32 - __clz(high - low) - 11);
+    ClearHistogram(*row.shared);
+    for (int i = threadIdx.x; i < row.size; i += kThreads) {
+      const float value = row.values[i];
+      const uint32_t key = OrderedKey(value);
+      if (key >= low && key <= high && row.Keeps(kept, key, i)) {
+        AddToHistogram<kWeights>(row, (high - key) >> shift, value);
+      }
+    }
+    bucket = FindBucket<kWeights>(row, [&](uint64_t) { return wanted; });
+    wanted -= bucket.before;
+    high -= bucket.index << shift;
+    low = max(low, high - ((1u << shift) - 1));
+  }
+  const uint32_t last_id = low == kept.key ? kept.last_id : UINT_MAX;
+  if (bucket.count == 1 || wanted == bucket.sum) return {low, last_id};
+  const uint64_t each = bucket.sum / bucket.count;  // equal logits: equal weights
+  const uint64_t tokens = (wanted + each - 1) / each;
+  return {low, tokens == bucket.count ? last_id : IdOfTie(row, kept, low, tokens)};
+}
+
+// The token at which the running sum of weights, in the order of ids, passes the draw's share of
+// their sum.
+__device__ void Draw(const Row& row, const Kept& kept, const SampleRow& params, int32_t* sampled) {
+  Shared& shared = *row.shared;
+  Mailbox& mailbox = shared.mailbox;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const double min_p = params.min_p;
+  const auto units = [&](int i) -> uint64_t {
+    const float value = row.values[i];
+    if (!row.Keeps(kept, OrderedKey(value), i)) return 0;
+    const double weight = row.Weight(value);
+    return weight < min_p ? 0 : row.Units(weight);
+  };
+  const int segment = (row.size + kThreads - 1) / kThreads * 32;  // of a warp
+  uint64_t sum = 0;
+  for (int i = warp * segment + lane; i < min((warp + 1) * segment, row.size); i += 32)
+    sum += units(i);
+  sum = WarpSum(sum);
+  if (lane == 0) shared.warp_sums[warp] = sum;
+  __syncthreads();
+  if (threadIdx.x < kBlocks) {
+    uint64_t block_sum = 0;
+    for (int w = 0; w < kWarps; ++w) block_sum += shared.warp_sums[w];
+    StoreRemote(&mailbox.sum[row.rank], threadIdx.x, block_sum);
+  }
+  ClusterSync();
+  uint64_t before = 0, total = 0;
+  for (uint32_t block = 0; block < kBlocks; ++block) {
+    if (block < row.rank) before += mailbox.sum[block];
+    total += mailbox.sum[block];
+  }
+  // floor(draw * total): an integer running sum passes the one when it passes the other.
+  const uint64_t target =
+      __umul64hi(DrawBits(params.seed, params.sample_index, params.position) << 11, total);
+  if (target < before || target >= before + mailbox.sum[row.rank]) return;
+
+  // In this block. Which warp's segment, then which token of it.
+  int begin = 0;
+  while (target >= before + shared.warp_sums[begin]) before += shared.warp_sums[begin++];
+  begin *= segment;
+  __syncthreads();  // warp_sums is read
+  for (int base = 0; base < segment; base += kThreads) {
+    const int i = begin + base + static_cast<int>(threadIdx.x);
+    const uint64_t own =
+        base + static_cast<int>(threadIdx.x) < segment && i < row.size ? units(i) : 0;
+    uint64_t through = WarpInclusiveScan(own);
+    if (lane == 31) shared.warp_sums[warp] = through;
+    __syncthreads();
+    uint64_t all = 0;
+    for (int w = 0; w < kWarps; ++w) {
+      if (w == warp) through += before + all;
+      all += shared.warp_sums[w];
+    }
+    if (through - own <= target && target < through)
+      *sampled = static_cast<int32_t>(row.first_id) + i;
+    before += all;
+    __syncthreads();
+  }
+}
+
+// Block `rank` of cluster r: tokens [rank * chunk, + chunk) of row r.
+__global__ void __launch_bounds__(kThreads, 2) Sample(KernelArgs args) {
+  extern __shared__ __align__(16) unsigned char dynamic[];
+  Shared& shared = *reinterpret_cast<Shared*>(dynamic);
+  float* values = reinterpret_cast<float*>(dynamic + sizeof(Shared));
+  Mailbox& mailbox = shared.mailbox;
+  ClusterArrive();
+  WaitForPrevious();
+  LetNextBegin();
+
+  const uint32_t rank = ClusterRank();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row_index = blockIdx.x / kBlocks;
+  const int vocab_size = args.sample.vocab_size;
+  const int first = min(static_cast<int>(rank) * args.chunk, vocab_size),
+            size = min(args.chunk, vocab_size - first);
+  const float* logits = args.sample.logits + static_cast<int64_t>(row_index) * vocab_size + first;
+  const SampleRow params = args.sample.rows[row_index];
+
+  // Into shared memory. -0 becomes 0, which it equals.
+  uint32_t bad = 0;
+  const auto take = [&](float value) {
+    bad |= (__float_as_uint(value) & 0x7f800000u) == 0x7f800000u;
+    return value + 0.0f;
+  };
+  if (vocab_size % 4 == 0) {
+#pragma unroll 8
+    for (int i = 4 * threadIdx.x; i < size; i += 4 * kThreads) {
+      const float4 four = __ldcs(reinterpret_cast<const float4*>(logits + i));
+      *reinterpret_cast<float4*>(values + i) =
+          make_float4(take(four.x), take(four.y), take(four.z), take(four.w));
+    }
+  } else {
+#pragma unroll 8
+    for (int i = threadIdx.x; i < size; i += kThreads) values[i] = take(__ldcs(logits + i));
+  }
+  __syncthreads();
+  for (int i = params.suppressed_begin + static_cast<int>(threadIdx.x); i < params.suppressed_end;
+       i += kThreads) {
+    const int at = args.sample.suppressed[i] - first;
+    if (at >= 0 && at < size) values[at] = -INFINITY;
+  }
+  __syncthreads();
+
+  // The largest, the lowest id among equals.
+  uint64_t best = 0;
+  for (int i = threadIdx.x; i < size; i += kThreads) {
+    best = max(best, uint64_t{OrderedKey(values[i])} << 32 | ~static_cast<uint32_t>(first + i));
+  }
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) best = max(best, __shfl_xor_sync(~0u, best, d));
+  bad = __any_sync(~0u, bad);
+  if (lane == 0) {
+    shared.warp_sums[warp] = best;
+    shared.warp_counts[warp] = bad;
+  }
+  __syncthreads();
+  ClusterWait();  // the other blocks have begun
+  if (threadIdx.x < kBlocks) {
+    for (int w = 0; w < kWarps; ++w) {
+      best = max(best, shared.warp_sums[w]);
+      bad |= shared.warp_counts[w];
+    }
+    StoreRemote(&mailbox.best[rank], threadIdx.x, best);
+    StoreRemote(&mailbox.not_finite[rank], threadIdx.x, bad);
+  }
+  ClusterSync();
+  bad = 0;
+  for (int block = 0; block < kBlocks; ++block) {
+    best = max(best, mailbox.best[block]);
+    bad |= mailbox.not_finite[block];
+  }
+  int32_t* sampled = args.sample.sampled + row_index;
+  const uint32_t best_key = static_cast<uint32_t>(best >> 32);
+  const bool all_suppressed = best_key <= kAllSuppressedKey;
+  if (bad != 0 || all_suppressed || params.temperature == 0.0f) {
+    if (rank == 0 && threadIdx.x == 0) {
+      *sampled = bad != 0         ? kNotFinite
+                 : all_suppressed ? kAllSuppressed
+                                  : static_cast<int32_t>(~static_cast<uint32_t>(best));
+    }
+    return;
+  }
+
+  const double temperature = params.temperature;
+  const float largest = ValueOfKey(best_key);
+  const Row row = {.values = values,
+                   .size = size,
+                   .first_id = static_cast<uint32_t>(first),
+                   .shared = &shared,
+                   .rank = rank,
+                   .largest = largest,
+                   .inverse_temperature = 1.0 / temperature,
+                   .unit = static_cast<double>(uint64_t{1} << args.weight_bits),
+                   .bucket_scale = static_cast<float>(kBuckets / (-kLowestExponent * temperature))};
+  // A logit is below a number in f64 if and only if it is below the next f32 above that.
+  const float lowest = __double2float_ru(largest + kLowestExponent * temperature) + 0.0f;
+  Kept kept = {OrderedKey(lowest), UINT_MAX};
+  if (params.top_k > 0 && params.top_k < vocab_size) {
+    kept = ShortestPrefix<false>(row, kept, [&](uint64_t count) -> uint64_t {
+      return params.top_k < count ? params.top_k : 0;
+    });
+  }
+  if (params.top_p < 1.0f) {
+    kept = ShortestPrefix<true>(row, kept, [&](uint64_t total) -> uint64_t {
+      const uint64_t enough = __double2ull_ru(params.top_p * static_cast<double>(total));
+      return min(max(enough, uint64_t{1}), total);
+    });
+  }
+  Draw(row, kept, params, sampled);
+}
+
+}  // namespace
+
+size_t SamplerWorkspaceBytes(int, int) { return 0; }  // a cluster's shared memory is enough
+
+cudaError_t SampleTokens(const SampleArgs& args, cudaStream_t stream) {
+  if (args.num_rows < 0 || args.vocab_size < 1) return cudaErrorInvalidValue;
+  if (args.num_rows == 0) return cudaSuccess;
+  if (args.logits == nullptr || args.rows == nullptr || args.sampled == nullptr)
+    return cudaErrorInvalidValue;
+  KernelArgs kernel_args = {.sample = args,
+                            .chunk = (args.vocab_size + 4 * kBlocks - 1) / (4 * kBlocks) * 4};
+  // The sum of all weights has to fit into 63 bits.
+  kernel_args.weight_bits = 46;
+  while (kernel_args.weight_bits > 0 &&
+         (int64_t{args.vocab_size} >> (63 - kernel_args.weight_bits)) > 0) {
+    --kernel_args.weight_bits;
+  }
+  const size_t shared_bytes = sizeof(Shared) + kernel_args.chunk * sizeof(float);
+  constexpr size_t kMostShared = 227 * 1024;
+  if (shared_bytes > kMostShared) return cudaErrorInvalidValue;
+  const cudaError_t error =
+      cudaFuncSetAttribute(Sample, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error != cudaSuccess) return error;
+  return Launch(Sample,
+                {.grid = dim3(args.num_rows * kBlocks),
+                 .block = dim3(kThreads),
+                 .shared_bytes = shared_bytes,
+                 .cluster = kBlocks},
+                stream, kernel_args);
+}
+
+}  // namespace latentd
