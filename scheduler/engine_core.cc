@@ -103,10 +103,19 @@ class EngineCore::Impl {
       absl::MutexLock lock(&mutex_);
       after_pause_ = scheduler_.idle();
       if (after_pause_) mutex_.Await(absl::Condition(this, &Impl::HasMessages));
-      messages.swap(inbox_);
-      num_not_started_ += std::exchange(num_submitted_, 0);
+      messages = EmptyInbox();
       stopping = stopping_;
     }
+    Apply(std::move(messages));
+    return !stopping;
+  }
+
+  std::vector<Message> EmptyInbox() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    num_not_started_ += std::exchange(num_submitted_, 0);
+    return std::exchange(inbox_, {});
+  }
+
+  void Apply(std::vector<Message> messages) {
     for (Message& message : messages) {
       if (const RequestId* id = std::get_if<RequestId>(&message)) {
         scheduler_.Cancel(*id);
@@ -116,7 +125,6 @@ class EngineCore::Impl {
         LATENTD_CHECK(added.ok());
       }
     }
-    return !stopping;
   }
 
   void RunStep() ABSL_LOCKS_EXCLUDED(mutex_) {
@@ -173,11 +181,16 @@ class EngineCore::Impl {
     std::vector<SequenceEvent> events = scheduler_.Abort(plan, error);
     const bool lost = engine_->lost();
     if (num_failed_steps_ < kMaxFailedSteps && !lost) return events;
+    std::vector<Message> messages;
+    {
+      absl::MutexLock lock(&mutex_);
+      rest_until_ = lost ? absl::InfiniteFuture() : absl::Now() + kRest;
+      rest_reason_ = error;
+      messages = EmptyInbox();  // no request follows them
+    }
+    Apply(std::move(messages));
     std::vector<SequenceEvent> others = scheduler_.FailAll(error);
     std::move(others.begin(), others.end(), std::back_inserter(events));
-    absl::MutexLock lock(&mutex_);
-    rest_until_ = lost ? absl::InfiniteFuture() : absl::Now() + kRest;
-    rest_reason_ = error;
     return events;
   }
 
