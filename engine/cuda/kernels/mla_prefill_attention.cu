@@ -44,7 +44,7 @@ int32_t* Pointer(const int32_t* data) { return const_cast<int32_t*>(data); }
 }  // namespace
 
 cudaError_t PrefillAttention(const PrefillAttentionArgs& args, cudaStream_t stream) {
-  if (args.num_queries < 1 || args.num_keys < 1 || args.num_heads < 1) return cudaErrorInvalidValue;
+  if (args.num_queries < 1 || args.num_rows < 1 || args.num_heads < 1) return cudaErrorInvalidValue;
   Params params = {};
   params.q_ptr = Pointer(args.q);
   params.k_ptr = Pointer(args.k);
@@ -56,7 +56,7 @@ cudaError_t PrefillAttention(const PrefillAttentionArgs& args, cudaStream_t stre
   params.qo_tile_indices = Pointer(args.work.tile);
   params.qo_indptr = Pointer(args.work.query_begin);
   params.qo_lens = Pointer(args.work.num_queries);
-  params.kv_indptr = Pointer(args.work.key_begin);
+  params.kv_indptr = Pointer(args.work.row_begin);
   params.kv_lens = Pointer(args.work.num_keys);
   params.batch_indices =
       Pointer(args.work.head);  // read, not used without a per-sequence parameter
@@ -70,7 +70,7 @@ cudaError_t PrefillAttention(const PrefillAttentionArgs& args, cudaStream_t stre
   params.o_stride_n = int64_t{128} * args.num_heads;
   params.o_stride_h = 128;
   params.nnz_qo = args.num_queries;
-  params.nnz_kv = args.num_keys;
+  params.nnz_kv = args.num_rows;
   params.num_qo_heads = args.num_heads;
   params.num_kv_heads = args.num_heads;
   params.group_size = 1;

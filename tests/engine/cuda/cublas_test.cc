@@ -79,7 +79,7 @@ double Error(const std::vector<double>& got, const std::vector<double>& want) {
   }
   return std::sqrt(difference / norm);
 }
-constexpr double kBf16Error = 3e-3;  // rounding of the result: 2^-9 / sqrt(3) of each
+constexpr double kBf16Error = 3e-3;  // rounding of the result: at most 2^-8 / sqrt(3) in the mean
 constexpr double kF32Error = 1e-5;
 
 // An FP8 product and its reference on some of the columns.

@@ -1,1 +1,5 @@
 latentd_test(cublas_test SRCS cublas_test.cc DEPS latentd_engine_cuda latentd_device_test)
+latentd_test(mla_prefill_plan_test SRCS mla_prefill_plan_test.cc DEPS latentd_engine_cuda)
+latentd_test(mla_prefill_test SRCS mla_prefill_test.cc DEPS latentd_engine_cuda latentd_device_test)
+latentd_benchmark(prefill_benchmark SRCS prefill_benchmark.cc
+  DEPS latentd_engine_cuda latentd_device_test GTest::gtest)
