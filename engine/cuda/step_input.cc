@@ -11,10 +11,6 @@
 namespace latentd {
 namespace {
 
-// A chunk of up to so many tokens is absorbed: 2 * 1,088 flops a head, query and key, against
-// 2 * 320 and 2 * 131,072 for the expansion of each key. They are even near 170 queries.
-constexpr int32_t kMaxAbsorbedTokens = 128;
-
 StepArrays Carve(const StepShape& shape, size_t plan_words, Carver& carver) {
   StepArrays a;
   a.num_real_tokens = carver.Take<int32_t>(shape.pieces());
@@ -128,7 +124,8 @@ void StepInput::Order(const StepPlan& plan) {
   for (const SequenceStep& s : plan.sequences) {
     item.sequence = &s;
     const bool short_chunk =
-        s.num_tokens <= std::min(room, kMaxAbsorbedTokens) && !limits_.batch_invariant;
+        s.num_tokens <= room && !limits_.batch_invariant &&
+        PreferAbsorbed(s.num_tokens, int64_t{s.num_computed_tokens} + s.num_tokens);
     if (s.num_tokens == 1 || short_chunk) {
       if (s.num_tokens > 1) room -= s.num_tokens;
       absorbed_.push_back(item);
