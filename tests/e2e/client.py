@@ -21,6 +21,8 @@ from grpc_tools import protoc
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BINARY = pathlib.Path(os.environ.get('LATENTD_BINARY', ROOT / 'build' / 'latentd'))
+# What computes in the daemons of these tests: cpu, cuda, or auto as `latentd serve` chooses.
+ENGINE = os.environ.get('LATENTD_E2E_ENGINE', 'auto')
 DEMO_MODEL = ROOT / 'deploy' / 'demo-model'
 # Longest time that anything here may take; a call without an end is a failure, not a hang.
 TIMEOUT = 60
@@ -81,7 +83,8 @@ class Daemon:
         self.http = f'127.0.0.1:{free_port()}'
         self.log = tempfile.NamedTemporaryFile('w+', prefix='latentd-', suffix='.log')
         # A GPU's whole memory would be too much for two daemons at once; a later flag of the same name wins.
-        command = [BINARY, 'serve', '--model', model, '--listen', self.address, '--http-listen', self.http, '--kv-cache-memory', '1GiB', *flags]
+        command = [BINARY, 'serve', '--model', model, '--engine', ENGINE, '--listen', self.address, '--http-listen', self.http,
+                   '--kv-cache-memory', '1GiB', *flags]
         self.process = subprocess.Popen([str(c) for c in command], stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log)
         self.channel = self.new_channel()
         self.stub = pb_grpc.InferenceServiceStub(self.channel)
