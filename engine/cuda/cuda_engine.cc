@@ -95,6 +95,7 @@ class CudaEngineImpl : public CudaEngine {
   absl::StatusOr<StepResult> ReadResult(const StepPlan& plan);
   int GraphRows(const StepPlan& plan) const;
   absl::Status Failed(const absl::Status& status);
+  int32_t* sampled() const { return reinterpret_cast<int32_t*>(sampled_.data()); }
 
   const ModelConfig config_;
   const CudaEngineOptions options_;
@@ -171,10 +172,12 @@ absl::Status CudaEngineImpl::Prepare() {
   const std::vector<int> sizes = GraphSizes(MaxGraphSequences(options_));
   for (int rows : sizes) RETURN_IF_ERROR(RunNothing(rows));
   if (sizes.empty()) RETURN_IF_ERROR(RunNothing(1));
-  return graphs_.Capture(stream_.get(), sizes, [this](int rows) {
+  const std::vector<int> cuts = GraphCuts(config_.num_hidden_layers);
+  const int num_parts = static_cast<int>(cuts.size()) - 1;
+  return graphs_.Capture(stream_.get(), sizes, num_parts, [&](int rows, int part) {
     const StepShape shape = StepShape::Decode(rows);
-    return forward_->Run(shape, input_->device(shape), reinterpret_cast<int32_t*>(sampled_.data()),
-                         {}, stream_.get());
+    return forward_->Run(shape, input_->device(shape), {cuts[part], cuts[part + 1]}, sampled(), {},
+                         stream_.get());
   });
 }
 
@@ -232,8 +235,8 @@ absl::Status CudaEngineImpl::PlanPrefill() {
 
 absl::Status CudaEngineImpl::RunEagerly(const CudaForward::Watch& watch) {
   const StepShape& shape = input_->shape();
-  return forward_->Run(shape, input_->device(shape), reinterpret_cast<int32_t*>(sampled_.data()),
-                       watch, stream_.get());
+  return forward_->Run(shape, input_->device(shape), forward_->all_layers(), sampled(), watch,
+                       stream_.get());
 }
 
 // Asks, rather than sleeps until an interrupt: that would add tens of microseconds to a token.
@@ -258,12 +261,11 @@ absl::Status CudaEngineImpl::MeasureStep(bool graph) {
 }
 
 absl::StatusOr<StepResult> CudaEngineImpl::ReadResult(const StepPlan& plan) {
-  const auto* sampled = reinterpret_cast<const int32_t*>(sampled_.data());
   const absl::Span<const int32_t> order = input_->plan_samples();
   StepResult result;
   result.device = {.idle_seconds = last_step_.idle_s, .busy_seconds = last_step_.busy_s};
   result.sampled.resize(order.size());
-  for (size_t i = 0; i < order.size(); ++i) result.sampled[order[i]] = sampled[i];
+  for (size_t i = 0; i < order.size(); ++i) result.sampled[order[i]] = sampled()[i];
   size_t i = 0;
   for (const SequenceStep& s : plan.sequences) {
     if (!s.sample) continue;

@@ -50,7 +50,7 @@ class Pass {
         watch_(watch),
         stream_(stream) {}
 
-  absl::Status Run(int32_t* sampled);
+  absl::Status Run(const CudaForward::Layers& layers, int32_t* sampled);
 
  private:
   // Tokens [begin, begin + rows), whose MLPs are computed together.
@@ -126,10 +126,10 @@ class Pass {
   const cudaStream_t stream_;
 };
 
-absl::Status Pass::Run(int32_t* sampled) {
+absl::Status Pass::Run(const CudaForward::Layers& layers, int32_t* sampled) {
   if (watch_.timer != nullptr) RETURN_IF_ERROR(watch_.timer->Begin(stream_));
-  RETURN_IF_ERROR(Embed());
-  for (int layer = 0; layer < config_.num_hidden_layers; ++layer) {
+  if (layers.begin == 0) RETURN_IF_ERROR(Embed());
+  for (int layer = layers.begin; layer < layers.end; ++layer) {
     RETURN_IF_ERROR(Attend(layer));
     RETURN_IF_ERROR(NormBeforeMlp(layer));
     for (int i = 0; i < shape_.pieces(); ++i) {
@@ -141,7 +141,7 @@ absl::Status Pass::Run(int32_t* sampled) {
     if (watch_.trace != nullptr)
       RETURN_IF_ERROR(watch_.trace->AfterMlp(layer, buffers_.residual, config_.hidden_size));
   }
-  return Sample(sampled);
+  return layers.end == config_.num_hidden_layers ? Sample(sampled) : absl::OkStatus();
 }
 
 // ---- norms
@@ -493,9 +493,9 @@ CudaForward::CudaForward(const Parts& parts) : parts_(parts) {
   if (parts.config->yarn) softmax_scale_ *= parts.config->yarn->softmax_scale();
 }
 
-absl::Status CudaForward::Run(const StepShape& shape, const StepArrays& input, int32_t* sampled,
-                              const Watch& watch, cudaStream_t stream) const {
-  return Pass(parts_, softmax_scale_, shape, input, watch, stream).Run(sampled);
+absl::Status CudaForward::Run(const StepShape& shape, const StepArrays& input, const Layers& layers,
+                              int32_t* sampled, const Watch& watch, cudaStream_t stream) const {
+  return Pass(parts_, softmax_scale_, shape, input, watch, stream).Run(layers, sampled);
 }
 
 }  // namespace latentd

@@ -41,10 +41,18 @@ class CudaForward {
     KernelTimer* timer = nullptr;
   };
 
+  // Layers [begin, end) of a step: the embeddings belong to the first, logits and draw to the last.
+  // A step's kernels can so be enqueued in several parts.
+  struct Layers {
+    int begin = 0;
+    int end = 0;
+  };
+  Layers all_layers() const { return {0, parts_.config->num_hidden_layers}; }
+
   // `input` lies on the device. sampled [shape.samples()] out: as SampleArgs says, in memory that
   // the device can write. A shape with more rows than absorbed ones: MlaPrefill::Plan() was called.
-  absl::Status Run(const StepShape& shape, const StepArrays& input, int32_t* sampled,
-                   const Watch& watch, cudaStream_t stream) const;
+  absl::Status Run(const StepShape& shape, const StepArrays& input, const Layers& layers,
+                   int32_t* sampled, const Watch& watch, cudaStream_t stream) const;
 
  private:
   Parts parts_;

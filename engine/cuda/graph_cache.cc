@@ -22,6 +22,15 @@ std::vector<int> GraphSizes(int most) {
   return sizes;
 }
 
+std::vector<int> GraphCuts(int num_hidden_layers) {
+  // A layer runs for eight times as long as it takes to launch, and longer.
+  std::vector<int> cuts = {0};
+  for (int size = 1; cuts.back() + 3 * size <= num_hidden_layers && cuts.size() < 3; size *= 8)
+    cuts.push_back(cuts.back() + size);
+  cuts.push_back(num_hidden_layers);
+  return cuts;
+}
+
 uint64_t EstimatedGraphBytes(int32_t num_hidden_layers) {
   constexpr uint64_t kBytesPerLayer = 192 << 10;
   return (uint64_t{2} << 20) + kBytesPerLayer * num_hidden_layers;
@@ -44,11 +53,14 @@ absl::StatusOr<CudaGraphExec> CaptureGraph(cudaStream_t stream,
   return owned;
 }
 
-absl::Status GraphCache::Capture(cudaStream_t stream, const std::vector<int>& sizes,
-                                 const std::function<absl::Status(int rows)>& enqueue) {
+absl::Status GraphCache::Capture(cudaStream_t stream, const std::vector<int>& sizes, int num_parts,
+                                 const std::function<absl::Status(int rows, int part)>& enqueue) {
   for (int rows : sizes) {
-    ASSIGN_OR_RETURN(CudaGraphExec graph, CaptureGraph(stream, [&] { return enqueue(rows); }));
-    graphs_[rows] = std::move(graph);
+    std::vector<CudaGraphExec> parts(num_parts);
+    for (int part = 0; part < num_parts; ++part) {
+      ASSIGN_OR_RETURN(parts[part], CaptureGraph(stream, [&] { return enqueue(rows, part); }));
+    }
+    graphs_[rows] = std::move(parts);
   }
   return absl::OkStatus();
 }
@@ -59,7 +71,8 @@ int GraphCache::RowsFor(size_t sequences) const {
 }
 
 absl::Status GraphCache::Launch(int rows, cudaStream_t stream) const {
-  RETURN_IF_CUDA_ERROR(cudaGraphLaunch(graphs_.at(rows).get(), stream));
+  for (const CudaGraphExec& part : graphs_.at(rows))
+    RETURN_IF_CUDA_ERROR(cudaGraphLaunch(part.get(), stream));
   return absl::OkStatus();
 }
 

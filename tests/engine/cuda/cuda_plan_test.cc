@@ -113,5 +113,12 @@ TEST(GraphSizesTest, AreAscendingAndEndAtTheMost) {
   }
 }
 
+TEST(GraphCutsTest, GrowFromOneLayer) {
+  EXPECT_THAT(GraphCuts(1), ElementsAre(0, 1));
+  EXPECT_THAT(GraphCuts(2), ElementsAre(0, 2));
+  EXPECT_THAT(GraphCuts(5), ElementsAre(0, 1, 5));
+  EXPECT_THAT(GraphCuts(61), ElementsAre(0, 1, 9, 61));
+}
+
 }  // namespace
 }  // namespace latentd
