@@ -12,6 +12,7 @@
 #include <limits>
 #include <nlohmann/json.hpp>
 
+#include "absl/strings/str_cat.h"
 #include "tests/engine/cuda/device_test.h"
 #include "tests/engine/cuda/engine_harness.h"
 
@@ -20,12 +21,10 @@ namespace {
 
 using ::testing::HasSubstr;
 
-// Logits of the two engines, as vectors. Both compute with the same FP8 numbers but for those that
-// fall on the other side of a rounding: the GPU holds what lies between two products in bf16, whose
-// error of 2^-9 moves one value in 30 to the neighbouring e4m3 number, 2^-4 away. That is 2^-4 /
-// sqrt(30) ~ 1.1 % of a product's input, of random sign, in each of the products ahead of a logit.
-constexpr double kFp8Distance = 0.05;
-constexpr double kBf16Distance = 0.02;
+// Of the demo model's logits after one token, as vectors, from those of the CPU engine with FP8
+// activations. That engine itself is up to 0.11 from exact activations (engine_harness.h says why
+// such roundings do not agree); a key too many or too few, or a wrong position, is 0.3 and more.
+constexpr double kDemoDistance = 0.15;
 
 bool SameBits(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
@@ -158,7 +157,7 @@ TEST_F(CudaEngineTest, EveryChunkSizeIsTheCpuEngine) {
     const Distance distance = DistanceOf(runner.Prefill(tokens, chunk), expected);
     std::printf("chunk %3d: relative %.4f, largest %.4f of rms\n", chunk, distance.relative,
                 distance.largest);
-    EXPECT_LE(distance.relative, kFp8Distance) << "chunk " << chunk;
+    EXPECT_LE(distance.relative, kDemoDistance) << "chunk " << chunk;
   }
 }
 
@@ -194,7 +193,7 @@ TEST_F(CudaEngineTest, MixedStepsAreTheCpuEngine) {
       return std::vector<float>(all.begin() + i * 4096, all.begin() + (i + 1) * 4096);
     };
     const Distance distance = DistanceOf(row(actual), row(expected));
-    EXPECT_LE(distance.relative, kFp8Distance) << "sequence " << i;
+    EXPECT_LE(distance.relative, kDemoDistance) << "sequence " << i;
   }
 }
 
@@ -210,10 +209,10 @@ TEST_F(CudaEngineTest, SharedBlocksAndRecomputation) {
   const std::vector<float> logits = runner.Step(
       {{.tokens = {9}, .num_computed = 178, .blocks = {0, 1, 2}},
        {.tokens = {b.begin() + 128, b.end()}, .num_computed = 128, .blocks = {0, 1, 7, 8}}});
-  EXPECT_LE(DistanceOf({logits.begin() + 4096, logits.end()}, expected).relative, kFp8Distance);
+  EXPECT_LE(DistanceOf({logits.begin() + 4096, logits.end()}, expected).relative, kDemoDistance);
   // Preempted, its blocks taken by another, then computed again in other blocks and chunks.
   runner.Prefill(SomeTokens(200, 4096, 6), 1024, 5);
-  EXPECT_LE(DistanceOf(runner.Prefill(b, 33, 20), expected).relative, kFp8Distance);
+  EXPECT_LE(DistanceOf(runner.Prefill(b, 33, 20), expected).relative, kDemoDistance);
 }
 
 // ---- determinism
@@ -349,29 +348,19 @@ TEST_P(CudaVariantTest, IsTheCpuEngine) {
   ASSERT_TRUE(config.ok()) << config.status();
   auto weights = LoadWeights(*config, "", LoadFormat::kDummy, nullptr);
   ASSERT_TRUE(weights.ok()) << weights.status();
-  Runner reference({*config, *weights}, {.num_threads = 8, .quantize_activations = true});
-  CudaRunner runner(*config, "", LoadFormat::kDummy,
-                    {.num_blocks = 16, .max_step_tokens = 512, .max_sequences = 4});
-  const std::vector<TokenId> tokens = SomeTokens(220, 512, 8);
-  const double tolerance = config->quantization ? kFp8Distance : kBf16Distance;
+  EngineComparison comparison(
+      *config, *weights, "", LoadFormat::kDummy,
+      {.num_blocks = 16, .max_step_tokens = 512, .max_sequences = 4, .max_model_len = 1024}, 8);
   // A long chunk, a short one, single tokens.
-  const std::vector<TokenId> first(tokens.begin(), tokens.begin() + 180);
-  const Distance expanded =
-      DistanceOf(runner.Prefill(first, 180), reference.Prefill(first, 180, 1));
-  EXPECT_LE(expanded.relative, tolerance);
-  double worst = 0;
-  for (int at : {180, 211, 212, 213}) {
-    const int count = at == 180 ? 31 : 1;
-    const Runner::Part part{.tokens = {tokens.begin() + at, tokens.begin() + at + count},
-                            .num_computed = at,
-                            .blocks = ConsecutiveBlocks(220)};
-    const std::vector<float> all = reference.Step({part});
-    const Distance distance = DistanceOf(
-        runner.Step({part}), std::vector<float>(all.end() - config->vocab_size, all.end()));
-    worst = std::max(worst, distance.relative);
-    EXPECT_LE(distance.relative, tolerance) << "token " << at;
+  const std::vector<TokenId> tokens = SomeTokens(240, 512, 8);
+  for (int at = 0; at < 240;) {
+    const int end = at == 0 ? 180 : at == 180 ? 211 : at + 1;
+    comparison.Step({{.tokens = {tokens.begin() + at, tokens.begin() + end},
+                      .num_computed = at,
+                      .blocks = ConsecutiveBlocks(240)}});
+    at = end;
   }
-  std::printf("%s: expanded %.4f, absorbed %.4f\n", GetParam().name, expanded.relative, worst);
+  comparison.Check(GetParam().name, config->quantization ? 0.01 : 0.03);
 }
 
 INSTANTIATE_TEST_SUITE_P(
@@ -408,28 +397,26 @@ TEST_F(CudaEngineTest, RealDimsAreTheCpuEngine) {
   auto weights = LoadWeights(*config, "", LoadFormat::kDummy, nullptr);
   ASSERT_TRUE(weights.ok()) << weights.status();
   constexpr int kPrompt = 300, kSteps = 8, kBlocks = 5;
-  Runner reference({*config, *weights}, {.num_threads = 16,
-                                         .num_blocks = 64 * kBlocks,
-                                         .max_step_tokens = 1024,
-                                         .max_positions = 1024,
-                                         .quantize_activations = true});
-  CudaRunner runner(*config, "", LoadFormat::kDummy,
-                    {.num_blocks = 64 * kBlocks,
-                     .max_step_tokens = 1024,
-                     .max_sequences = 64,
-                     .max_model_len = 1024});
+  EngineComparison comparison(*config, *weights, "", LoadFormat::kDummy,
+                              {.num_blocks = 64 * kBlocks,
+                               .max_step_tokens = 1024,
+                               .max_sequences = 64,
+                               .max_model_len = 1024},
+                              16);
   for (int batch : {1, 5, 64}) {
-    // Chunks of 200 and 100 of one prompt, the others short: what is compared is 8 steps of all.
+    // Chunks of 200 and 100 of one prompt; the others are short.
     std::vector<int> lengths(batch, 20);
     lengths[0] = kPrompt;
     for (int i = 0; i < batch; ++i) {
       const std::vector<TokenId> prompt = SomeTokens(lengths[i], 2048, 100 + i);
-      const Distance distance = DistanceOf(runner.Prefill(prompt, 200, i * kBlocks),
-                                           reference.Prefill(prompt, 200, 1, i * kBlocks));
-      EXPECT_LE(distance.relative, kFp8Distance) << "prompt " << i;
-      if (i == 0) std::printf("real dims, prompt of 300: %.4f\n", distance.relative);
+      for (int begin = 0; begin < lengths[i]; begin += 200) {
+        comparison.Step({{.tokens = {prompt.begin() + begin,
+                                     prompt.begin() + std::min(begin + 200, lengths[i])},
+                          .num_computed = begin,
+                          .blocks = ConsecutiveBlocks(kBlocks * kBlockSize, i * kBlocks)}});
+      }
     }
-    double worst = 0;
+    comparison.Check(absl::StrCat("real dims, prompts of batch ", batch), 0.01);
     for (int step = 0; step < kSteps; ++step) {
       std::vector<Runner::Part> parts;
       for (int i = 0; i < batch; ++i) {
@@ -437,11 +424,10 @@ TEST_F(CudaEngineTest, RealDimsAreTheCpuEngine) {
                          .num_computed = lengths[i] + step,
                          .blocks = ConsecutiveBlocks(kBlocks * kBlockSize, i * kBlocks)});
       }
-      const Distance distance = DistanceOf(runner.Step(parts), reference.Step(parts));
-      worst = std::max(worst, distance.relative);
+      comparison.Step(parts);
     }
-    std::printf("real dims, batch %d: worst step %.4f\n", batch, worst);
-    EXPECT_LE(worst, kFp8Distance);
+    comparison.Check(absl::StrCat("real dims, decode of batch ", batch), 0.01);
+    comparison.Clear();
   }
 }
 

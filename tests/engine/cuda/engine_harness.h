@@ -2,6 +2,7 @@
 #define LATENTD_TESTS_ENGINE_CUDA_ENGINE_HARNESS_H_
 
 #include <filesystem>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -45,6 +46,40 @@ std::unique_ptr<CudaEngine> MakeCudaEngine(const ModelConfig& config,
                                            const CudaEngineOptions& options);
 
 std::vector<TokenId> SomeTokens(int count, int vocab_size, uint32_t seed);
+
+// The CUDA engine beside the CPU engine with FP8 activations (the oracle) and with exact ones.
+//
+// Rounding an activation to e4m3 is discontinuous: an input that another order of a sum has moved a
+// little takes the neighbouring number now and then, a step of 2^-4, and after two or three
+// products in a row the roundings of two correct engines have little in common. So the oracle's own
+// distance from exact activations is the yardstick: independent roundings of the same size differ
+// by sqrt(2) of it. Medians over tokens, because a token whose experts are a near tie may go
+// another way.
+class EngineComparison {
+ public:
+  EngineComparison(const ModelConfig& config, const ModelWeights& weights,
+                   const std::filesystem::path& dir, LoadFormat format,
+                   const CudaEngineOptions& options, int num_threads);
+
+  // Runs a step on all three and remembers how far each token's tensors and logits are apart.
+  void Step(const std::vector<Runner::Part>& parts);
+
+  // Every tensor's median distance from the oracle is at most 1.5 times the oracle's from exact
+  // activations, and `floor` more for what is rounded to bf16. Prints the largest of each.
+  void Check(const std::string& title, double floor) const;
+  void Clear() { distances_.clear(); }
+
+ private:
+  struct Distances {
+    std::vector<double> cuda, oracle;  // of rows
+  };
+  void Add(const std::string& name, const std::vector<float>& cuda,
+           const std::vector<float>& oracle, const std::vector<float>& exact, size_t rows);
+
+  Runner exact_, oracle_;
+  CudaRunner cuda_;
+  std::map<std::string, Distances> distances_;
+};
 
 // How far `actual` is from `expected`: |actual - expected| / |expected| as vectors, and the largest
 // difference over the root mean square of `expected`. A NaN makes both infinite.
