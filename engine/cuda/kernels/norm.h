@@ -13,8 +13,8 @@ namespace latentd {
 // What a layer's half begins with, in one pass over the residual stream: add what the half before
 // it gave, RMSNorm, quantise.
 struct AddNormArgs {
-  int num_rows = 0;  // rows of the result
-  int hidden_size = 0;
+  int num_rows = 0;     // rows of the result
+  int hidden_size = 0;  // up to 16384, a multiple of 8; of 128 when there is FP8
   float eps = 0;
   const float* weight = nullptr;  // [hidden_size]
   float* residual = nullptr;      // [tokens, hidden_size] f32, updated in place
@@ -32,9 +32,11 @@ struct AddNormArgs {
   const int32_t* rows = nullptr;
 
   LinearInput out;  // [num_rows, hidden_size]
-  bool power_of_two_scales =
-      false;  // round scales up to powers of two (config.json's scale_fmt "ue8m0")
+  // Round scales up to powers of two (config.json's scale_fmt "ue8m0").
+  bool power_of_two_scales = false;
 };
+// Sums, the mean and the factor are f32, and FP8 is made of the f32 results, not of their bf16. A
+// row's bits do not depend on the other rows.
 cudaError_t AddNorm(const AddNormArgs& args, cudaStream_t stream);
 
 // bf16 rows to FP8. `num_rows_device`, when given, holds how many of the num_rows there really are.
