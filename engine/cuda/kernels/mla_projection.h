@@ -26,14 +26,14 @@ struct LatentArgs {
   int num_tokens = 0;
   const __nv_bfloat16* qkv_a = nullptr;  // [num_tokens, q_dim + 576]: q_a, latents, rope key
   int q_dim = 0;                         // q_lora_rank, or num_heads * 192 when there is none
-  const float* q_a_layernorm =
-      nullptr;  // [q_lora_rank]; nullptr: q needs nothing, q_out is not written
+  // [q_lora_rank], up to 3456; nullptr: q needs nothing, q_out is not written.
+  const float* q_a_layernorm = nullptr;
   const float* kv_a_layernorm = nullptr;  // [512]
   float eps = 0;
   RopeTable rope;
   const int32_t* positions = nullptr;  // [num_tokens]
-  const int64_t* slots =
-      nullptr;  // [num_tokens] row of the cache: block * 64 + offset; < 0: not written
+  // [num_tokens] row of the cache: block * 64 + offset; < 0: not written.
+  const int64_t* slots = nullptr;
   __nv_bfloat16* cache = nullptr;  // [num_blocks * 64, 576] of this layer
   bool power_of_two_scales = false;
   LinearInput q_out;  // [num_tokens, q_lora_rank]
@@ -41,8 +41,8 @@ struct LatentArgs {
 cudaError_t NormLatents(const LatentArgs& args, cudaStream_t stream);
 
 // Queries into latent space, for MlaDecode: out[t, h, 0..511] = sum over d of q[t, h, d] * w_uk[h,
-// d, :], and the rotated rope part in out[t, h, 512..575]. Any number of tokens; made for up to
-// 128.
+// d, :], and the rotated rope part in out[t, h, 512..575]. Any number of tokens; made for up to 64,
+// which share one reading of the weights' tile from shared memory.
 struct AbsorbQueryArgs {
   int num_tokens = 0;
   int num_heads = 0;
@@ -56,7 +56,8 @@ struct AbsorbQueryArgs {
 cudaError_t AbsorbQuery(const AbsorbQueryArgs& args, cudaStream_t stream);
 
 // Out of latent space, for o_proj: out[t, h * 128 + v] = sum over c of latent[t, h, c] * w_uv[h, v,
-// c]. A head's 128 values are one group of the FP8 result.
+// c]. A head's 128 values are one group of the FP8 result, made of the f32 sums. Any number of
+// tokens; made for up to 64.
 struct ProjectValueArgs {
   int num_tokens = 0;
   int num_heads = 0;

@@ -1,0 +1,184 @@
+// NormLatents and RopeQuery of mla_projection.h: a few KB a token, bound by latency at decode and
+// by memory at prefill.
+
+#include <algorithm>
+
+#include "engine/cuda/kernels/launch.cuh"
+#include "engine/cuda/kernels/mla_projection.h"
+#include "engine/cuda/kernels/quantize.cuh"
+#include "engine/cuda/kernels/rms_norm.cuh"
+#include "engine/cuda/kernels/rope.cuh"
+
+namespace latentd {
+namespace {
+
+constexpr int kLatentDim = 512;
+constexpr int kLatentGroups = kLatentDim / kQuantGroup;
+constexpr int kCacheRow = kLatentDim + kRopeDim;
+constexpr int kMaxWarps = 32;
+constexpr int kMaxQueryGroups = kMaxWarps - kLatentGroups - 1;  // q_lora_rank up to 3456
+
+// A block takes kTokens tokens; its warps are num_query_groups for q_a's groups of 128 columns,
+// four for the latents', and one for the key's rope dims.
+template <int kTokens, int kWarps, int kBlocks>
+__global__ void __launch_bounds__(kWarps * 32, kBlocks)
+    NormLatentsKernel(const __grid_constant__ LatentArgs args, const int num_query_groups) {
+  __shared__ float group_sums[kTokens][kWarps];
+  LetNextBegin();
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  const bool is_query = warp < num_query_groups;
+  const bool is_rope = warp == num_query_groups + kLatentGroups;
+  const int group = is_query ? warp : warp - num_query_groups;
+  const int column = group * kQuantGroup + 4 * lane;
+  const int size = is_query ? args.q_dim : kLatentDim;
+  const bool is_inside = !is_rope && column < size;
+  float4 weight = {0, 0, 0, 0};
+  if (is_inside) {
+    weight = *reinterpret_cast<const float4*>(
+        (is_query ? args.q_a_layernorm : args.kv_a_layernorm) + column);
+  }
+  const int first_token = blockIdx.x * kTokens;
+  WaitForPrevious();
+
+  // All that is read, before anything is written: the compiler keeps to that order.
+  const int64_t stride = args.q_dim + kCacheRow;
+  float4 values[kTokens];
+  int64_t slots[kTokens];
+  int positions[kTokens];
+#pragma unroll
+  for (int i = 0; i < kTokens; ++i) {
+    const int64_t token = first_token + i;
+    const __nv_bfloat16* row = args.qkv_a + token * stride + (is_query ? 0 : args.q_dim);
+    values[i] = {0, 0, 0, 0};
+    slots[i] = -1;
+    positions[i] = 0;
+    if (token >= args.num_tokens) continue;
+    if (is_inside) values[i] = UnpackBf16(*reinterpret_cast<const uint2*>(row + column));
+    if (!is_query) slots[i] = args.slots[token];
+    if (is_rope) positions[i] = args.positions[token];
+  }
+  if (is_rope) {
+    RopePair pairs[kTokens];
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      if (slots[i] >= 0) {
+        pairs[i] = LoadPair(args.rope, positions[i],
+                            args.qkv_a + (first_token + i) * stride + args.q_dim + kLatentDim);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i)
+      if (slots[i] >= 0) StorePair(pairs[i], args.cache + slots[i] * kCacheRow + kLatentDim);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      const float sum = GroupSquareSum(values[i]);
+      if (lane == 0) group_sums[i][warp] = sum;
+    }
+  }
+  __syncthreads();
+  if (is_rope) return;
+
+  const int first_warp = is_query ? 0 : num_query_groups;
+  const int num_warps = is_query ? num_query_groups : kLatentGroups;
+#pragma unroll
+  for (int i = 0; i < kTokens; ++i) {
+    const int64_t token = first_token + i;
+    if (token >= args.num_tokens) return;
+    const float factor = NormFactor(&group_sums[i][first_warp], num_warps, size, args.eps);
+    const float4 v = Normed(values[i], factor, weight);
+    if (is_query) {
+      StoreGroup(args.q_out, token, args.q_dim, group, v, args.power_of_two_scales);
+    } else if (slots[i] >= 0) {
+      *reinterpret_cast<uint2*>(args.cache + slots[i] * kCacheRow + column) = PackBf16(v);
+    }
+  }
+}
+
+constexpr int kRopeWarps = 8;
+constexpr int kHeadsAtOnce = 4;  // of a warp
+constexpr int kNopeDim = 128;
+constexpr int kHeadDim = kNopeDim + kRopeDim;
+
+__global__ void __launch_bounds__(kRopeWarps * 32)
+    RopeQueryKernel(const __nv_bfloat16* q, int64_t q_stride, int num_tokens, int num_heads,
+                    const RopeTable rope, const int32_t* positions, __nv_bfloat16* out) {
+  LetNextBegin();
+  const int lane = threadIdx.x % 32;
+  const int warps_of_token = (num_heads + kHeadsAtOnce - 1) / kHeadsAtOnce;
+  const int64_t warp =
+      static_cast<int64_t>(blockIdx.x) * kRopeWarps + static_cast<int>(threadIdx.x / 32);
+  const int64_t token = warp / warps_of_token;
+  const int first_head = static_cast<int>(warp % warps_of_token) * kHeadsAtOnce;
+  WaitForPrevious();
+  if (token >= num_tokens) return;
+  const int64_t position = positions[token];
+  const __nv_bfloat16* from = q + token * q_stride + first_head * kHeadDim;
+  __nv_bfloat16* to = out + (token * num_heads + first_head) * kHeadDim;
+  const int heads = min(kHeadsAtOnce, num_heads - first_head);
+  uint2 nope[kHeadsAtOnce];
+  RopePair pairs[kHeadsAtOnce];
+#pragma unroll
+  for (int i = 0; i < kHeadsAtOnce; ++i) {
+    if (i < heads) {
+      nope[i] = *reinterpret_cast<const uint2*>(from + i * kHeadDim + 4 * lane);
+      pairs[i] = LoadPair(rope, position, from + i * kHeadDim + kNopeDim);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kHeadsAtOnce; ++i) {
+    if (i < heads) {
+      *reinterpret_cast<uint2*>(to + i * kHeadDim + 4 * lane) = nope[i];
+      StorePair(pairs[i], to + i * kHeadDim + kNopeDim);
+    }
+  }
+}
+
+// From here on a block takes four tokens, if q_lora_rank is no more than DeepSeek-V3's: what it has
+// in flight at once matters more than how soon one token is done.
+constexpr int kManyTokens = 512;
+constexpr int kManyTokensWarps = 1536 / kQuantGroup + kLatentGroups + 1;
+
+}  // namespace
+
+cudaError_t NormLatents(const LatentArgs& args, cudaStream_t stream) {
+  const bool has_query = args.q_a_layernorm != nullptr;
+  if (args.num_tokens < 0 || args.q_dim <= 0 || args.q_dim % 8 != 0 || args.qkv_a == nullptr ||
+      args.kv_a_layernorm == nullptr || !IsSet(args.rope) || args.positions == nullptr ||
+      args.slots == nullptr || args.cache == nullptr ||
+      (has_query && (args.q_dim > kMaxQueryGroups * kQuantGroup ||
+                     !CanStore(args.q_out, args.num_tokens, args.q_dim)))) {
+    return cudaErrorInvalidValue;
+  }
+  if (args.num_tokens == 0) return cudaSuccess;
+  const int num_query_groups = has_query ? (args.q_dim + kQuantGroup - 1) / kQuantGroup : 0;
+  const int num_warps = num_query_groups + kLatentGroups + 1;
+  LaunchShape shape;
+  shape.block = dim3(32 * num_warps);
+  if (args.num_tokens < kManyTokens || num_warps > kManyTokensWarps) {
+    shape.grid = dim3(args.num_tokens);
+    return Launch(NormLatentsKernel<1, kMaxWarps, 1>, shape, stream, args, num_query_groups);
+  }
+  shape.grid = dim3((args.num_tokens + 3) / 4);
+  return Launch(NormLatentsKernel<4, kManyTokensWarps, 2>, shape, stream, args, num_query_groups);
+}
+
+cudaError_t RopeQuery(const __nv_bfloat16* q, int64_t q_stride, int num_tokens, int num_heads,
+                      const RopeTable& rope, const int32_t* positions, __nv_bfloat16* out,
+                      cudaStream_t stream) {
+  if (q == nullptr || num_tokens < 0 || num_heads <= 0 || q_stride < num_heads * kHeadDim ||
+      q_stride % 4 != 0 || !IsSet(rope) || positions == nullptr || out == nullptr) {
+    return cudaErrorInvalidValue;
+  }
+  if (num_tokens == 0) return cudaSuccess;
+  const int64_t num_warps =
+      static_cast<int64_t>(num_tokens) * ((num_heads + kHeadsAtOnce - 1) / kHeadsAtOnce);
+  LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>((num_warps + kRopeWarps - 1) / kRopeWarps));
+  shape.block = dim3(kRopeWarps * 32);
+  return Launch(RopeQueryKernel, shape, stream, q, q_stride, num_tokens, num_heads, rope, positions,
+                out);
+}
+
+}  // namespace latentd
