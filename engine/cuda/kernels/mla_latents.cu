@@ -82,14 +82,17 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks)
 
   const int first_warp = is_query ? 0 : num_query_groups;
   const int num_warps = is_query ? num_query_groups : kLatentGroups;
+  float factors[kTokens];
+#pragma unroll
+  for (int i = 0; i < kTokens; ++i)
+    factors[i] = NormFactor(&group_sums[i][first_warp], num_warps, size, args.eps);
 #pragma unroll
   for (int i = 0; i < kTokens; ++i) {
     const int64_t token = first_token + i;
-    if (token >= args.num_tokens) return;
-    const float factor = NormFactor(&group_sums[i][first_warp], num_warps, size, args.eps);
-    const float4 v = Normed(values[i], factor, weight);
+    const float4 v = Normed(values[i], factors[i], weight);
     if (is_query) {
-      StoreGroup(args.q_out, token, args.q_dim, group, v, args.power_of_two_scales);
+      if (token < args.num_tokens)
+        StoreGroup(args.q_out, token, args.q_dim, group, v, args.power_of_two_scales);
     } else if (slots[i] >= 0) {
       *reinterpret_cast<uint2*>(args.cache + slots[i] * kCacheRow + column) = PackBf16(v);
     }

@@ -3,10 +3,11 @@
 //
 // A block has a head, whose weights fit in shared memory whole. They are asked for in bulk copies
 // before the previous kernel has ended, and arrive in four chunks, a barrier each; the tokens' rows
-// come through ordinary loads beside them. Tokens beyond a tile reuse the weights. The product is
-// mma.sync with the tokens as its rows. Within 32 of the reduction's values their order is free if
-// both operands keep to it: thread j of a quad takes values 8 j .. 8 j + 7, so that one 16-byte
-// load from a row makes the fragments of two instructions.
+// come through ordinary loads beside them. Many tokens are walked over in tiles, with the next
+// tile's rows on their way. The product is mma.sync with the tokens as its rows. Within 32 of the
+// reduction's values their order is free if both operands keep to it: thread j of a quad takes
+// values 8 j .. 8 j + 7, so that one 16-byte load from a row makes the fragments of two
+// instructions.
 
 #include "engine/cuda/kernels/launch.cuh"
 #include "engine/cuda/kernels/mla_projection.h"
@@ -66,9 +67,9 @@ __device__ __forceinline__ void MultiplyStep(const uint8_t* a, int a_stride,
 template <int kTiles, int kRowVectors, int kThreads>
 class TokenLoad {
  public:
-  __device__ __forceinline__ TokenLoad(const __nv_bfloat16* from, int64_t stride, int first,
-                                       int num_tokens)
-      : num_tokens_(num_tokens - first) {
+  __device__ __forceinline__ void Begin(const __nv_bfloat16* from, int64_t stride, int first,
+                                        int num_tokens) {
+    num_tokens_ = num_tokens - first;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       if (Token(i) < num_tokens_) {
@@ -99,6 +100,17 @@ class TokenLoad {
   uint4 vectors_[kEach];
 };
 
+// Weights pass through the L2 cache once: they shall not drive out what is read again.
+__device__ __forceinline__ void LoadOnce(uint32_t to, const void* from, uint32_t bytes,
+                                         uint32_t barrier) {
+  asm volatile(
+      "{ .reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0; "
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], policy; }" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
 // By the block's first warp.
 __device__ __forceinline__ void InitBarriers(uint64_t* barriers, uint32_t chunk_bytes) {
   if (threadIdx.x == 0) {
@@ -112,7 +124,7 @@ __device__ __forceinline__ void InitBarriers(uint64_t* barriers, uint32_t chunk_
 // How many chunks are asked for before the previous kernel has ended. The others wait for the
 // tokens' rows to be asked for first: else many rows, queued behind all weights, would come last,
 // and nothing be computed meanwhile.
-constexpr int EarlyChunks(int tiles) { return tiles >= 4 ? kNumChunks / 2 : kNumChunks; }
+constexpr int EarlyChunks(int tiles) { return kNumChunks - tiles / 2; }
 
 // --- AbsorbQuery. A chunk is 128 of the 512 columns, so that the first results leave while weights
 // still arrive. A warp has 32 columns of every second chunk for kTiles x 16 tokens, whose rows it
@@ -136,7 +148,7 @@ __device__ __forceinline__ int AbsorbRow(int d) {
 template <int kTiles>
 class QueryRows {
  public:
-  __device__ __forceinline__ QueryRows(const AbsorbQueryArgs& args, int first_token, int head) {
+  __device__ __forceinline__ void Load(const AbsorbQueryArgs& args, int first_token, int head) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) {
@@ -254,7 +266,7 @@ class QueryRotation {
   RopePair pairs_[kTokens];
 };
 
-template <int kTiles, int kSets>
+template <int kTiles, int kSets, bool kManyTiles>
 __global__ void __launch_bounds__(kSets * 256, 1)
     AbsorbQueryKernel(const __grid_constant__ AbsorbQueryArgs args) {
   using Shape = AbsorbShape;
@@ -274,7 +286,7 @@ __global__ void __launch_bounds__(kSets * 256, 1)
     if (lane >= kRowsOfWarp) return;
     const int d = warp * kRowsOfWarp + lane;
     for (int chunk = first_chunk; chunk < end_chunk; ++chunk) {
-      BulkLoad(SharedAddress(weights + chunk * Shape::kChunkBytes + AbsorbRow(d) * Shape::kStride),
+      LoadOnce(SharedAddress(weights + chunk * Shape::kChunkBytes + AbsorbRow(d) * Shape::kStride),
                args.w_uk + (static_cast<int64_t>(head) * kNopeDim + d) * kLatentDim +
                    chunk * Shape::kChunk,
                Shape::kChunk * 2, SharedAddress(&barriers[chunk]));
@@ -288,18 +300,23 @@ __global__ void __launch_bounds__(kSets * 256, 1)
   // Lane l gives the address of row l % 16 of the upper or lower eight columns.
   const uint32_t address =
       SharedAddress(weights) + lane % 16 * Shape::kStride + (columns + lane / 16 * 8) * 2;
-  for (int first_token = 0; first_token < args.num_tokens; first_token += kTokens) {
-    const int tokens = first_token + warp / 8 * kTiles * kMmaRows;
-    const QueryRows<kTiles> queries(args, tokens, head);
-    if (first_token == 0) load_weights(kEarly, kNumChunks);
+  const int set = warp / 8 * kTiles * kMmaRows;  // the first token of this warp in a tile
+  QueryRows<kTiles> queries;
+  queries.Load(args, set, head);
+  load_weights(kEarly, kNumChunks);
+  for (int first_token = 0;; first_token += kTokens) {
     const QueryRotation<2 * kTiles> rotation(args, first_token + warp, kWarps, head);
+    QueryRows<kTiles> next;
+    if constexpr (kManyTiles) next.Load(args, first_token + kTokens + set, head);
     for (int chunk = warp / 4 % 2; chunk < kNumChunks; chunk += 2) {
       MbarrierWait(SharedAddress(&barriers[chunk]), 0);
       float d[kTiles][4][4] = {};
       queries.Multiply(address + chunk * Shape::kChunkBytes, d);
-      StoreQueries<kTiles>(args, tokens, head, chunk * Shape::kChunk + columns, d);
+      StoreQueries<kTiles>(args, first_token + set, head, chunk * Shape::kChunk + columns, d);
     }
     rotation.Store(args, head);
+    if (!kManyTiles || first_token + kTokens >= args.num_tokens) return;
+    if constexpr (kManyTiles) queries = next;
   }
 }
 
@@ -318,7 +335,7 @@ struct ProjectShape {
   }
 };
 
-template <int kTiles, int kSets>
+template <int kTiles, int kSets, bool kManyTiles>
 __global__ void __launch_bounds__(kSets * 256, 1)
     ProjectValueKernel(const __grid_constant__ ProjectValueArgs args) {
   using Shape = ProjectShape;
@@ -341,7 +358,7 @@ __global__ void __launch_bounds__(kSets * 256, 1)
     if (lane >= kRowsOfWarp) return;
     const int v = warp * kRowsOfWarp + lane;
     for (int chunk = first_chunk; chunk < end_chunk; ++chunk) {
-      BulkLoad(SharedAddress(weights + v * Shape::kStride + chunk * Shape::kChunk * 2),
+      LoadOnce(SharedAddress(weights + v * Shape::kStride + chunk * Shape::kChunk * 2),
                args.w_uv + (static_cast<int64_t>(head) * kValueDim + v) * kLatentDim +
                    chunk * Shape::kChunk,
                Shape::kChunk * 2, SharedAddress(&barriers[chunk]));
@@ -358,14 +375,17 @@ __global__ void __launch_bounds__(kSets * 256, 1)
       reduction_half * Shape::kChunk + lane % 4 * 16;  // bytes: half of kChunk values
   const uint8_t* weight = weights + (columns + lane / 4) * Shape::kStride + offset;
   const uint8_t* latent = latents + (tokens + lane / 4) * Shape::kStride + offset;
-  for (int first_token = 0; first_token < args.num_tokens; first_token += kTokens) {
-    if (first_token > 0) __syncthreads();
-    const TokenLoad<kTiles * kSets, kLatentDim / 8, kSets * 256> load(
-        args.latent + head * kLatentDim, static_cast<int64_t>(args.num_heads) * kLatentDim,
-        first_token, args.num_tokens);
-    if (first_token == 0) load_weights(kEarly, kNumChunks);
+  TokenLoad<kTiles * kSets, kLatentDim / 8, kSets * 256> load;
+  const auto begin_load = [&](int first_token) {
+    load.Begin(args.latent + head * kLatentDim, static_cast<int64_t>(args.num_heads) * kLatentDim,
+               first_token, args.num_tokens);
+  };
+  begin_load(0);
+  load_weights(kEarly, kNumChunks);
+  for (int first_token = 0;; first_token += kTokens) {
     load.Store(latents, Shape::kStride);
     __syncthreads();
+    if constexpr (kManyTiles) begin_load(first_token + kTokens);
     float d[kTiles][4][4] = {};
     for (int chunk = 0; chunk < kNumChunks; ++chunk) {
       MbarrierWait(SharedAddress(&barriers[chunk]), 0);
@@ -412,6 +432,8 @@ __global__ void __launch_bounds__(kSets * 256, 1)
       StoreGroup(args.out, first_token + token, args.num_heads * kValueDim, head,
                  {x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w}, args.power_of_two_scales);
     }
+    if (!kManyTiles || first_token + kTokens >= args.num_tokens) return;
+    __syncthreads();
   }
 }
 
@@ -428,14 +450,14 @@ cudaError_t LaunchProduct(void (*kernel)(Args), int num_blocks, int num_threads,
   return Launch(kernel, shape, stream, args);
 }
 
-template <int kTiles, int kSets>
+template <int kTiles, int kSets, bool kManyTiles = false>
 cudaError_t LaunchAbsorb(const AbsorbQueryArgs& args, cudaStream_t stream) {
-  return LaunchProduct(AbsorbQueryKernel<kTiles, kSets>, args.num_heads, kSets * 256,
+  return LaunchProduct(AbsorbQueryKernel<kTiles, kSets, kManyTiles>, args.num_heads, kSets * 256,
                        AbsorbShape::kSharedBytes, args, stream);
 }
-template <int kTiles, int kSets>
+template <int kTiles, int kSets, bool kManyTiles = false>
 cudaError_t LaunchProject(const ProjectValueArgs& args, cudaStream_t stream) {
-  return LaunchProduct(ProjectValueKernel<kTiles, kSets>, args.num_heads, kSets * 256,
+  return LaunchProduct(ProjectValueKernel<kTiles, kSets, kManyTiles>, args.num_heads, kSets * 256,
                        ProjectShape::SharedBytes(kTiles * kSets), args, stream);
 }
 
@@ -450,7 +472,8 @@ cudaError_t AbsorbQuery(const AbsorbQueryArgs& args, cudaStream_t stream) {
   if (args.num_tokens == 0) return cudaSuccess;
   if (args.num_tokens <= kMmaRows) return LaunchAbsorb<1, 1>(args, stream);
   if (args.num_tokens <= 2 * kMmaRows) return LaunchAbsorb<1, 2>(args, stream);
-  return LaunchAbsorb<2, 2>(args, stream);
+  if (args.num_tokens <= 4 * kMmaRows) return LaunchAbsorb<2, 2>(args, stream);
+  return LaunchAbsorb<1, 2, /*kManyTiles=*/true>(args, stream);
 }
 
 cudaError_t ProjectValue(const ProjectValueArgs& args, cudaStream_t stream) {
@@ -461,7 +484,8 @@ cudaError_t ProjectValue(const ProjectValueArgs& args, cudaStream_t stream) {
   if (args.num_tokens == 0) return cudaSuccess;
   if (args.num_tokens <= kMmaRows) return LaunchProject<1, 1>(args, stream);
   if (args.num_tokens <= 2 * kMmaRows) return LaunchProject<1, 2>(args, stream);
-  return LaunchProject<2, 2>(args, stream);
+  if (args.num_tokens <= 4 * kMmaRows) return LaunchProject<2, 2>(args, stream);
+  return LaunchProject<1, 2, /*kManyTiles=*/true>(args, stream);
 }
 
 }  // namespace latentd
