@@ -119,6 +119,7 @@ struct Product {
     }
   };
   Shape shape;
+  int planned_rows = 0;  // > 0: their algorithm is taken
   const void* x = nullptr;
   const void* weight = nullptr;
   void* out = nullptr;
@@ -137,6 +138,11 @@ int RowClass(int rows) {
   if (rows <= 16) return rows;
   const int step = static_cast<int>(std::bit_floor(static_cast<unsigned>(rows))) / 8;
   return (rows + step - 1) / step * step;
+}
+
+// What cuBLASLt says of a shape, or of an algorithm for it, that it has no kernel for.
+bool Refused(cublasStatus_t status) {
+  return status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE;
 }
 
 bool Aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -248,15 +254,9 @@ absl::Status CublasLt::ToStatus(cublasStatus_t status, const char* call,
                                 const std::string& what) const {
   if (status == CUBLAS_STATUS_SUCCESS) return absl::OkStatus();
   const std::string message = absl::StrCat(call, ": ", api_.GetStatusName(status), ": ", what);
-  switch (status) {
-    case CUBLAS_STATUS_NOT_SUPPORTED:
-    case CUBLAS_STATUS_INVALID_VALUE:
-      return absl::UnimplementedError(message);
-    case CUBLAS_STATUS_ALLOC_FAILED:
-      return absl::ResourceExhaustedError(message);
-    default:
-      return absl::UnavailableError(message);
-  }
+  if (Refused(status)) return absl::UnimplementedError(message);
+  return status == CUBLAS_STATUS_ALLOC_FAILED ? absl::ResourceExhaustedError(message)
+                                              : absl::UnavailableError(message);
 }
 
 absl::Status CublasLt::Linear(const LinearInput& x, int rows, const WeightMatrix& weight,
@@ -326,6 +326,11 @@ absl::Status CublasLt::LinearBatched(const Batched& args, cudaStream_t stream) {
                    .x_batch_stride = args.x_batch_stride,
                    .weight_batch_stride = args.weight_batch_stride,
                    .out_batch_stride = args.out_batch_stride};
+  if (args.planned_rows != 0 && args.planned_rows < args.rows) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(ToString(product.shape), ": planned_rows ", args.planned_rows, " are fewer"));
+  }
+  product.planned_rows = args.planned_rows;
   product.x = args.x;
   product.weight = args.weight;
   product.out = args.out;
@@ -337,18 +342,14 @@ absl::Status CublasLt::Run(const Product& product, cudaStream_t stream) {
   const int rows = product.shape.rows;
   // An algorithm chosen for the largest of a class serves the others, as a rule; else each has its
   // own.
-  for (int planned : {RowClass(rows), rows}) {
-    const Plan& plan = FindPlan(product, planned);
-    if (plan.status == CUBLAS_STATUS_SUCCESS) {
-      const cublasStatus_t status = Execute(product, plan, stream);
-      if (status != CUBLAS_STATUS_NOT_SUPPORTED && status != CUBLAS_STATUS_INVALID_VALUE) {
-        return ToStatus(status, "cublasLtMatmul", ToString(product.shape));
-      }
-    } else if (planned == rows) {
-      return ToStatus(plan.status, "cublasLtMatmulAlgoGetHeuristic", ToString(product.shape));
-    }
+  const bool fixed = product.planned_rows > 0;
+  const int classes[] = {fixed ? product.planned_rows : RowClass(rows), rows};
+  cublasStatus_t status = CUBLAS_STATUS_NOT_SUPPORTED;
+  for (int i = 0; i < (fixed ? 1 : 2) && Refused(status); ++i) {
+    const Plan& plan = FindPlan(product, classes[i]);
+    status = plan.status == CUBLAS_STATUS_SUCCESS ? Execute(product, plan, stream) : plan.status;
   }
-  return ToStatus(CUBLAS_STATUS_NOT_SUPPORTED, "cublasLtMatmul", ToString(product.shape));
+  return ToStatus(status, "cublasLtMatmul", ToString(product.shape));
 }
 
 CublasLt::Plan& CublasLt::FindPlan(const Product& product, int rows) {

@@ -23,7 +23,8 @@ namespace latentd {
 // steps of 1/8 of a power of two) and kept: the first call of a shape costs the host some 100 us
 // more, and should not lie in a captured graph. Calls allocate no device memory, do not synchronise
 // and can be captured. Sums are f32 throughout, and the same call gives the same bits again; but
-// not with another number of rows: a row's bits depend on the algorithm of its class.
+// not with another number of rows: a row's bits depend on the algorithm of its class (but see
+// Batched::planned_rows).
 //
 // Pointers are aligned to 16 bytes. All calls share one workspace: one thread, one stream at a
 // time.
@@ -68,6 +69,9 @@ class Cublas {
     int64_t out_stride = 0;
     int64_t out_batch_stride = 0;
     int rows = 0, n = 0, k = 0, batch = 0;
+    // The algorithm for so many rows, >= rows, is taken: with one number here a row's bits do not
+    // depend on how many rows there are. 0: rows.
+    int planned_rows = 0;
   };
   virtual absl::Status LinearBatched(const Batched& args, cudaStream_t stream) = 0;
 };

@@ -21,6 +21,7 @@ constexpr int kKeyDim = 192;
 constexpr int kValueDim = 128;
 // Of the largest Hopper GPU: the workspace is planned without one.
 constexpr int kMaxSms = 144;
+constexpr int32_t kMaxExpandTokens = 1 << 20;
 
 struct Workspace {
   __nv_bfloat16* latents = nullptr;  // [part_rows, 512]
@@ -33,9 +34,7 @@ struct Workspace {
 };
 
 Workspace Carve(const MlaPrefill::Options& options, Carver* carver) {
-  const size_t rows =
-      static_cast<size_t>((int64_t{options.expand_tokens} + kPrefillTile - 1) / kPrefillTile) *
-      kPrefillTile;
+  const size_t rows = static_cast<size_t>(MlaPrefillPartRows(options));
   const size_t heads = static_cast<size_t>(options.num_heads);
   const size_t query_heads = static_cast<size_t>(options.max_queries) * heads;
   Workspace workspace;
@@ -122,6 +121,7 @@ absl::Status FlashPrefill::Run(const Layer& layer, cudaStream_t stream) {
 absl::Status FlashPrefill::Expand(const Layer& layer, const MlaPrefillPart& part,
                                   cudaStream_t stream) {
   const int heads = options_.num_heads;
+  const int planned_rows = MlaPrefillPartRows(options_);
   RETURN_IF_CUDA_ERROR(GatherLatents(
       {.num_rows = part.num_rows,
        .num_heads = heads,
@@ -146,7 +146,8 @@ absl::Status FlashPrefill::Expand(const Layer& layer, const MlaPrefillPart& part
                                          .rows = part.num_rows,
                                          .n = kNopeDim,
                                          .k = kLatentDim,
-                                         .batch = heads},
+                                         .batch = heads,
+                                         .planned_rows = planned_rows},
                                         stream));
   return cublas_.LinearBatched({.x = workspace_.latents,
                                 .x_stride = kLatentDim,
@@ -157,7 +158,8 @@ absl::Status FlashPrefill::Expand(const Layer& layer, const MlaPrefillPart& part
                                 .rows = part.num_rows,
                                 .n = heads * kValueDim,
                                 .k = kLatentDim,
-                                .batch = 1},
+                                .batch = 1,
+                                .planned_rows = planned_rows},
                                stream);
 }
 
@@ -176,20 +178,22 @@ PrefillWork FlashPrefill::Work(const MlaPrefillPart& part) const {
 
 absl::Status FlashPrefill::Attend(const Layer& layer, const MlaPrefillPart& part,
                                   cudaStream_t stream) {
-  RETURN_IF_CUDA_ERROR(PrefillAttention({.num_queries = num_queries_,
-                                         .num_rows = part.num_rows,
-                                         .num_heads = options_.num_heads,
-                                         .causal = part.causal,
-                                         .softmax_scale = layer.softmax_scale,
-                                         .q = layer.q,
-                                         .k = workspace_.keys,
-                                         .v = workspace_.values,
-                                         .work = Work(part),
-                                         .out = part.merge ? workspace_.out : layer.out,
-                                         .lse = part.merge  ? workspace_.part_lse
-                                                : part.more ? workspace_.lse
-                                                            : nullptr},
-                                        stream));
+  RETURN_IF_CUDA_ERROR(PrefillAttention(
+      {.num_queries = num_queries_,
+       .num_rows = part.num_rows,
+       .num_heads = options_.num_heads,
+       .causal = part.causal,
+       .softmax_scale = layer.softmax_scale,
+       .q = layer.q,
+       .q_stride = layer.q_stride != 0 ? layer.q_stride : int64_t{options_.num_heads} * kKeyDim,
+       .k = workspace_.keys,
+       .v = workspace_.values,
+       .work = Work(part),
+       .out = part.merge ? workspace_.out : layer.out,
+       .lse = part.merge  ? workspace_.part_lse
+              : part.more ? workspace_.lse
+                          : nullptr},
+      stream));
   return absl::OkStatus();
 }
 
@@ -210,11 +214,11 @@ absl::Status FlashPrefill::Merge(const Layer& layer, const MlaPrefillPart& part,
 absl::StatusOr<std::unique_ptr<MlaPrefill>> MlaPrefill::Create(const Options& options,
                                                                Cublas* cublas) {
   if (options.num_heads < 1 || options.max_queries < 1 || options.max_sequences < 1 ||
-      options.expand_tokens < options.max_queries) {
+      options.expand_tokens < options.max_queries || options.expand_tokens > kMaxExpandTokens) {
     return absl::InvalidArgumentError(absl::StrCat(
         "num_heads ", options.num_heads, ", max_queries ", options.max_queries, ", max_sequences ",
         options.max_sequences, ", expand_tokens ", options.expand_tokens,
-        "; all are at least 1, and expand_tokens at least max_queries"));
+        "; all are at least 1, and expand_tokens is from max_queries to ", kMaxExpandTokens));
   }
   auto prefill = std::make_unique<FlashPrefill>(options, cublas);
   RETURN_IF_ERROR(prefill->Init());

@@ -36,7 +36,7 @@ constexpr bool PreferAbsorbed(int64_t num_queries, int64_t num_keys) {
 
 // Non-absorbed MLA for long chunks: latents are expanded to keys and values of each head (192 and
 // 128 dims), a bounded number of tokens at a time; the parts of a long context are merged by their
-// log-sum-exp. A query's result depends on its own sequence alone, but for cuBLAS (cublas.h). Not
+// log-sum-exp. A query's result depends on its own sequence and the options alone, bit for bit. Not
 // thread-safe; not for graphs.
 class MlaPrefill {
  public:
@@ -44,8 +44,8 @@ class MlaPrefill {
     int num_heads = 0;          // >= 1
     int32_t max_queries = 0;    // of a step, >= 1
     int32_t max_sequences = 0;  // >= 1
-    // Keys expanded at a time, >= max_queries; rounded up to a multiple of 128. Each sequence of a
-    // step takes a multiple of 128.
+    // Keys expanded at a time, from max_queries to 2^20; rounded up to a multiple of 128. Each
+    // sequence of a step takes a multiple of 128.
     int32_t expand_tokens = 0;
   };
   // For the current device. INVALID_ARGUMENT for options out of range. `cublas` outlives it.
@@ -64,8 +64,9 @@ class MlaPrefill {
                             std::byte* workspace, cudaStream_t stream) = 0;
 
   struct Layer {
-    // [num_queries, num_heads, 192], the rope dims (last 64) rotated
+    // [num_queries, q_stride]: heads of 192, their rope dims (last 64) rotated
     const __nv_bfloat16* q = nullptr;
+    int64_t q_stride = 0;  // a multiple of 8; 0: num_heads * 192
     // [num_blocks, 64, 576]; the chunk's own rows are in it already
     const __nv_bfloat16* cache = nullptr;
     const __nv_bfloat16* w_uk = nullptr;  // [num_heads, 128, 512]

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <functional>
-#include <queue>
+#include <numeric>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -17,9 +17,6 @@ constexpr int kWordsOfWork = 6;  // arrays of PrefillWork, `begin` aside
 
 int32_t NumTiles(int64_t count) {
   return static_cast<int32_t>((count + kPrefillTile - 1) / kPrefillTile);
-}
-int32_t PartRows(const MlaPrefill::Options& options) {
-  return NumTiles(options.expand_tokens) * kPrefillTile;
 }
 
 // Queries of a sequence and the keys of it that a part holds.
@@ -78,7 +75,7 @@ void Planner::AddPacked(absl::Span<const Segment> segments) {
 void Planner::AddLong(const Segment& all) {
   // Full parts of the context and a last one that holds all of the chunk: the kernel's causal mask
   // is that of queries whose last one sees the last key.
-  const int32_t size = PartRows(options_);
+  const int32_t size = MlaPrefillPartRows(options_);
   const int32_t num_keys = all.keys.num_keys;
   int32_t last = (num_keys - 1) % size + 1;
   if (last < all.num_queries) last = all.num_queries;
@@ -128,38 +125,39 @@ void Planner::AddSegments(absl::Span<const Segment> segments, MlaPrefillPart* pa
 // other, so that those under way share keys in the L2 cache.
 void Planner::AddWork(absl::Span<const Segment> segments, MlaPrefillPart* part) {
   const std::vector<Tile> tiles = MakeTiles(segments, part->causal);
-  using Load = std::pair<int64_t, int>;  // of a multiprocessor
-  std::priority_queue<Load, std::vector<Load>, std::greater<Load>> loads;
-  for (int sm = 0; sm < num_sms_; ++sm) loads.emplace(0, sm);
-  std::vector<std::vector<std::pair<int32_t, const Tile*>>> queues(num_sms_);
+  part->num_work = static_cast<int32_t>(tiles.size()) * options_.num_heads;
+  // Loads of the multiprocessors, as a heap with the least on top: cost, then index.
+  std::vector<std::pair<int64_t, int32_t>> loads;
+  for (int32_t sm = 0; sm < num_sms_; ++sm) loads.emplace_back(0, sm);
+  std::vector<int32_t> sm_of_work;
+  sm_of_work.reserve(part->num_work);
+  std::vector<int32_t> next(num_sms_ + 1, 0);  // counts, then where each one's next work goes
   for (int32_t head = 0; head < options_.num_heads; ++head) {
     for (const Tile& tile : tiles) {
-      const auto [load, sm] = loads.top();
-      loads.pop();
-      loads.emplace(load + tile.cost, sm);
-      queues[sm].emplace_back(head, &tile);
+      std::pop_heap(loads.begin(), loads.end(), std::greater<>());
+      auto& [load, sm] = loads.back();
+      load += tile.cost;
+      sm_of_work.push_back(sm);
+      ++next[sm + 1];
+      std::push_heap(loads.begin(), loads.end(), std::greater<>());
     }
   }
+  std::partial_sum(next.begin(), next.end(), next.begin());
 
-  part->num_work = static_cast<int32_t>(tiles.size()) * options_.num_heads;
   part->work = plan_.words.size();
-  plan_.words.resize(part->work + num_sms_ + 1 + size_t{kWordsOfWork} * part->num_work);
-  int32_t* begin = plan_.words.data() + part->work;
-  int32_t* arrays = begin + num_sms_ + 1;
-  int32_t i = 0;
-  for (int sm = 0; sm < num_sms_; ++sm) {
-    begin[sm] = i;
-    for (const auto& [head, tile] : queues[sm]) {
-      const Segment& segment = segments[tile->segment];
-      int32_t* at = arrays + i++;
-      for (const int32_t word : {head, tile->index, segment.query_begin, segment.num_queries,
-                                 segment.keys.row_begin, segment.keys.num_keys}) {
-        *at = word;
-        at += part->num_work;
-      }
+  plan_.words.resize(part->work + next.size() + size_t{kWordsOfWork} * part->num_work);
+  int32_t* arrays = std::copy(next.begin(), next.end(), plan_.words.data() + part->work);
+  for (int32_t i = 0; i < part->num_work; ++i) {
+    const Tile& tile = tiles[i % tiles.size()];
+    const Segment& segment = segments[tile.segment];
+    int32_t* at = arrays + next[sm_of_work[i]]++;
+    for (const int32_t word :
+         {static_cast<int32_t>(i / tiles.size()), tile.index, segment.query_begin,
+          segment.num_queries, segment.keys.row_begin, segment.keys.num_keys}) {
+      *at = word;
+      at += part->num_work;
     }
   }
-  begin[num_sms_] = i;
 }
 
 absl::Status Check(const MlaPrefill::Options& options,
@@ -190,6 +188,10 @@ absl::Status Check(const MlaPrefill::Options& options,
 
 }  // namespace
 
+int32_t MlaPrefillPartRows(const MlaPrefill::Options& options) {
+  return NumTiles(options.expand_tokens) * kPrefillTile;
+}
+
 size_t MaxMlaPrefillWords(const MlaPrefill::Options& options, int num_sms) {
   // A sequence has at most three lists of work: its chunk's part, full parts and the rest of its
   // context.
@@ -205,7 +207,7 @@ absl::Status PlanMlaPrefill(const MlaPrefill::Options& options, int num_sms,
   plan->parts.clear();
   plan->words.clear();
   Planner planner(options, num_sms, plan);
-  const int32_t part_rows = PartRows(options);
+  const int32_t part_rows = MlaPrefillPartRows(options);
   std::vector<Segment> packed;
   int32_t query = 0, row = 0;
   for (const MlaPrefillSequence& sequence : sequences) {

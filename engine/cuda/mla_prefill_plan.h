@@ -40,6 +40,9 @@ struct MlaPrefillPlan {
   std::vector<int32_t> words;
 };
 
+// Rows of keys of the largest part.
+int32_t MlaPrefillPartRows(const MlaPrefill::Options& options);
+
 // The words of the largest plan.
 size_t MaxMlaPrefillWords(const MlaPrefill::Options& options, int num_sms);
 

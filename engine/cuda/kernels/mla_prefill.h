@@ -59,7 +59,8 @@ struct PrefillAttentionArgs {
   // Query i of a sequence sees its keys [0, num_keys - num_queries + i], else all of them.
   bool causal = false;
   float softmax_scale = 0;
-  const __nv_bfloat16* q = nullptr;  // [num_queries, num_heads, 192]
+  const __nv_bfloat16* q = nullptr;  // [num_queries, q_stride]: heads of 192
+  int64_t q_stride = 0;              // a multiple of 8
   const __nv_bfloat16* k = nullptr;  // [num_rows, num_heads, 192]
   const __nv_bfloat16* v = nullptr;  // [num_rows, num_heads, 128]
   PrefillWork work;

@@ -44,7 +44,10 @@ int32_t* Pointer(const int32_t* data) { return const_cast<int32_t*>(data); }
 }  // namespace
 
 cudaError_t PrefillAttention(const PrefillAttentionArgs& args, cudaStream_t stream) {
-  if (args.num_queries < 1 || args.num_rows < 1 || args.num_heads < 1) return cudaErrorInvalidValue;
+  if (args.num_queries < 1 || args.num_rows < 1 || args.num_heads < 1 || args.q_stride % 8 != 0 ||
+      args.q_stride < int64_t{192} * args.num_heads) {
+    return cudaErrorInvalidValue;
+  }
   Params params = {};
   params.q_ptr = Pointer(args.q);
   params.k_ptr = Pointer(args.k);
@@ -61,7 +64,7 @@ cudaError_t PrefillAttention(const PrefillAttentionArgs& args, cudaStream_t stre
   params.batch_indices =
       Pointer(args.work.head);  // read, not used without a per-sequence parameter
   params.additional_params.sm_scale = args.softmax_scale;
-  params.q_stride_n = int64_t{192} * args.num_heads;
+  params.q_stride_n = args.q_stride;
   params.q_stride_h = 192;
   params.k_stride_n = int64_t{192} * args.num_heads;
   params.k_stride_h = 192;

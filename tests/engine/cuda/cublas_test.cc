@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <random>
 #include <vector>
@@ -245,6 +246,38 @@ TEST_F(CublasTest, Batched) {
       }
     }
   }
+}
+
+TEST_F(CublasTest, PlannedRowsMakeBitsIndependentOfTheRows) {
+  const int n = 384, k = 512, most = 2048;
+  DeviceArray<__nv_bfloat16> x(RandomBf16(size_t(most) * k)), w(RandomBf16(size_t(n) * k));
+  DeviceArray<__nv_bfloat16> out(size_t(most) * n);
+  Cublas::Batched args = {.x = x.get(),
+                          .x_stride = k,
+                          .weight = w.get(),
+                          .weight_stride = k,
+                          .out = out.get(),
+                          .out_stride = n,
+                          .rows = most,
+                          .n = n,
+                          .k = k,
+                          .batch = 1,
+                          .planned_rows = most};
+  std::vector<__nv_bfloat16> all;
+  for (const int rows : {2048, 1, 3, 64, 128, 500, 1024}) {
+    args.rows = rows;
+    const absl::Status status = cublas_->LinearBatched(args, stream_);
+    ASSERT_TRUE(status.ok()) << status;
+    ASSERT_CUDA_OK(cudaStreamSynchronize(stream_));
+    const std::vector<__nv_bfloat16> result = out.Get();
+    if (all.empty()) all = result;
+    EXPECT_EQ(std::memcmp(result.data(), all.data(), size_t(rows) * n * sizeof(all[0])), 0)
+        << rows << " rows";
+    out.Poison();
+    ASSERT_CUDA_OK(cudaDeviceSynchronize());
+  }
+  args.rows = most + 1;
+  EXPECT_EQ(cublas_->LinearBatched(args, stream_).code(), absl::StatusCode::kInvalidArgument);
 }
 
 // The same call gives the same bits: again, from another Cublas, and replayed by a graph, whether

@@ -69,6 +69,18 @@ class Inputs {
   }
   int32_t num_queries() const { return num_queries_; }
 
+  // One of the sequences with the same cache and weights.
+  Inputs Alone(size_t index) const {
+    Inputs alone = *this;
+    size_t begin = 0;
+    for (size_t i = 0; i < index; ++i) begin += sequences[i].num_queries;
+    alone.sequences = {sequences[index]};
+    alone.num_queries_ = sequences[index].num_queries;
+    const size_t width = size_t(num_heads) * kKey;
+    alone.q.assign(q.begin() + begin * width, q.begin() + (begin + alone.num_queries_) * width);
+    return alone;
+  }
+
   const int num_heads;
   std::vector<MlaPrefillSequence> sequences;
   std::vector<int32_t> blocks;
@@ -158,7 +170,12 @@ class MlaPrefillTest : public DeviceTest {
       ADD_FAILURE() << prefill.status();
       return {};
     }
-    DeviceArray<__nv_bfloat16> q(in.q), cache(in.cache), w_uk(in.w_uk), w_uv(in.w_uv);
+    // Other columns follow the queries'.
+    const int64_t q_width = int64_t{in.num_heads} * kKey, q_stride = q_width + 24;
+    DeviceArray<__nv_bfloat16> q(size_t(in.num_queries()) * q_stride);
+    cudaMemcpy2D(q.get(), q_stride * sizeof(in.q[0]), in.q.data(), q_width * sizeof(in.q[0]),
+                 q_width * sizeof(in.q[0]), in.num_queries(), cudaMemcpyHostToDevice);
+    DeviceArray<__nv_bfloat16> cache(in.cache), w_uk(in.w_uk), w_uv(in.w_uv);
     DeviceArray<__nv_bfloat16> out(size_t(in.num_queries()) * in.num_heads * kValue);
     DeviceArray<int32_t> blocks(in.blocks);
     DeviceArray<uint8_t> workspace(MlaPrefill::WorkspaceBytes(options));
@@ -170,8 +187,8 @@ class MlaPrefillTest : public DeviceTest {
     for (int i = 0; i < times && status.ok(); ++i) {
       out.Poison();
       cudaDeviceSynchronize();
-      status = (*prefill)->Run({q.get(), cache.get(), w_uk.get(), w_uv.get(), kScale, out.get()},
-                               stream_);
+      status = (*prefill)->Run(
+          {q.get(), q_stride, cache.get(), w_uk.get(), w_uv.get(), kScale, out.get()}, stream_);
       EXPECT_TRUE(status.ok()) << status;
       EXPECT_EQ(cudaStreamSynchronize(stream_), cudaSuccess);
       std::vector<__nv_bfloat16> result = out.Get();
@@ -249,6 +266,21 @@ INSTANTIATE_TEST_SUITE_P(
         Case{"deepseek_v3", 128, 1024, {{300, 1100}, {513, 513}}, {0, 77, 127}}),
     [](const auto& info) { return info.param.name; });
 
+TEST_F(MlaPrefillTest, BitsDoNotDependOnTheOtherSequences) {
+  const Case test = {"", 16, 1024, {{70, 70}, {1, 1}, {300, 330}, {150, 1700}, {400, 500}}, {}};
+  const Inputs in(test, 5);
+  const std::vector<__nv_bfloat16> together = Run(test, in, 1);
+  ASSERT_FALSE(together.empty());
+  size_t begin = 0;
+  for (size_t i = 0; i < in.sequences.size(); ++i) {
+    const std::vector<__nv_bfloat16> alone = Run(test, in.Alone(i), 1);
+    ASSERT_FALSE(alone.empty());
+    EXPECT_EQ(std::memcmp(alone.data(), &together[begin], alone.size() * sizeof(alone[0])), 0)
+        << "sequence " << i;
+    begin += alone.size();
+  }
+}
+
 // A sequence that went wrong leaves its neighbours in the part alone.
 TEST_F(MlaPrefillTest, ANanStaysInItsSequence) {
   const Case test = {"", 4, 1024, {{70, 70}, {90, 130}, {50, 200}}, {}};
@@ -278,8 +310,8 @@ TEST_F(MlaPrefillTest, ANanStaysInItsSequence) {
 
 TEST_F(MlaPrefillTest, RefusesWhatExceedsItsOptions) {
   using Options = MlaPrefill::Options;
-  for (const Options& options :
-       {Options{0, 1, 1, 1}, Options{1, 0, 1, 1}, Options{1, 1, 0, 1}, Options{1, 129, 1, 128}}) {
+  for (const Options& options : {Options{0, 1, 1, 1}, Options{1, 0, 1, 1}, Options{1, 1, 0, 1},
+                                 Options{1, 129, 1, 128}, Options{1, 1, 1, (1 << 20) + 1}}) {
     EXPECT_EQ(MlaPrefill::Create(options, cublas_.get()).status().code(),
               absl::StatusCode::kInvalidArgument);
   }

@@ -172,7 +172,7 @@ struct PrefillInputs {
     blocks.Set(ids);
   }
   MlaPrefill::Layer layer() {
-    return {q.get(), cache.get(), w_uk.get(), w_uv.get(), 0.1352f, out.get()};
+    return {q.get(), 0, cache.get(), w_uk.get(), w_uv.get(), 0.1352f, out.get()};
   }
   DeviceArray<__nv_bfloat16> q, cache, w_uk, w_uv, out;
   DeviceArray<int32_t> blocks;
@@ -282,6 +282,7 @@ void BenchmarkPieces(Cublas* cublas) {
       .causal = true,
       .softmax_scale = 0.1352f,
       .q = in.q.get(),
+      .q_stride = kHeads * kKey,
       .k = keys.get(),
       .v = values.get(),
       .work = {begin, arrays, arrays + part.num_work, arrays + 2 * part.num_work,
