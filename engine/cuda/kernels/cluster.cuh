@@ -43,6 +43,15 @@ __device__ __forceinline__ uint32_t LoadRemote(const uint32_t* shared, uint32_t 
   return value;
 }
 
+__device__ __forceinline__ uint64_t LoadRemote(const uint64_t* shared, uint32_t rank) {
+  uint64_t value;
+  asm volatile("ld.shared::cluster.u64 %0, [%1];"
+               : "=l"(value)
+               : "r"(RemoteAddress(shared, rank))
+               : "memory");
+  return value;
+}
+
 }  // namespace latentd
 
 #endif  // LATENTD_ENGINE_CUDA_KERNELS_CLUSTER_CUH_
