@@ -20,7 +20,7 @@ namespace {
 
 // The kernels' code and stacks, cuBLASLt's own memory, and what the driver rounds up: a good part
 // of it is taken after the plan is made.
-constexpr uint64_t kReserveBytes = uint64_t{768} << 20;
+constexpr uint64_t kReserveBytes = uint64_t{512} << 20;
 // Options beyond these are mistakes.
 constexpr int32_t kMaxStepTokens = 1 << 18;
 constexpr int32_t kMaxSequences = 1 << 14;

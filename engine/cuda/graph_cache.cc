@@ -32,7 +32,7 @@ std::vector<int> GraphCuts(int num_hidden_layers) {
 }
 
 uint64_t EstimatedGraphBytes(int32_t num_hidden_layers) {
-  constexpr uint64_t kBytesPerLayer = 192 << 10;
+  constexpr uint64_t kBytesPerLayer = 64 << 10;
   return (uint64_t{2} << 20) + kBytesPerLayer * num_hidden_layers;
 }
 

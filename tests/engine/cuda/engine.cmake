@@ -6,3 +6,4 @@ latentd_test(cuda_engine_test SRCS cuda_engine_test.cc DEPS latentd_cuda_engine_
   absl::strings nlohmann_json::nlohmann_json LABELS golden TIMEOUT 300)
 latentd_test(cuda_golden_test SRCS cuda_golden_test.cc DEPS latentd_cuda_engine_harness latentd_device_test
   absl::strings nlohmann_json::nlohmann_json LABELS golden TIMEOUT 300)
+latentd_test(cuda_lost_test SRCS cuda_lost_test.cc trap.cu DEPS latentd_cuda_engine_harness latentd_device_test)

@@ -64,8 +64,9 @@ class EngineComparison {
   // Runs a step on all three and remembers how far each token's tensors and logits are apart.
   void Step(const std::vector<Runner::Part>& parts);
 
-  // Every tensor's median distance from the oracle is at most 1.5 times the oracle's from exact
-  // activations, and `floor` more for what is rounded to bf16. Prints the largest of each.
+  // Every tensor's median distance from the oracle is at most twice the oracle's from exact
+  // activations (sqrt(2), and a few dozen tokens make a rough median), and `floor` more for what is
+  // rounded to bf16. Prints the largest of each.
   void Check(const std::string& title, double floor) const;
   void Clear() { distances_.clear(); }
 
