@@ -36,8 +36,8 @@ constexpr bool PreferAbsorbed(int64_t num_queries, int64_t num_keys) {
 
 // Non-absorbed MLA for long chunks: latents are expanded to keys and values of each head (192 and
 // 128 dims), a bounded number of tokens at a time; the parts of a long context are merged by their
-// log-sum-exp. A query's result depends on its own sequence and the options alone, bit for bit. Not
-// thread-safe; not for graphs.
+// log-sum-exp, each merge rounding the result to bf16. A query's result depends on its own sequence
+// and the options alone, bit for bit. Not thread-safe; not for graphs.
 class MlaPrefill {
  public:
   struct Options {
