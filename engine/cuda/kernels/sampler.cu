@@ -70,7 +70,8 @@ struct KernelArgs {
 struct Mailbox {
   uint64_t best[kBlocks];  // of the largest logit: key << 32 | ~id
   uint32_t not_finite[kBlocks];
-  uint64_t sum[kBlocks];
+  uint64_t sum[kBlocks];       // FindBucket()'s; a slow block may still read them when
+  uint64_t draw_sum[kBlocks];  // a fast one writes these
   uint32_t count[kBlocks];
   uint32_t last_id;  // by the block that has it
 };
@@ -96,6 +97,8 @@ struct Shared {
 // token that is kept, or any place behind it.
 struct Kept {
   uint32_t bucket, key, last_id;
+  // The same, but for what is close: logits above `surely` are kept, those below `least` are not.
+  float surely, least;
 };
 
 // A block's part of one row.
@@ -114,6 +117,8 @@ struct Row {
     return min(static_cast<uint32_t>(fminf(distance, kBuckets)), kBuckets - 1u);
   }
   __device__ __forceinline__ bool Keeps(const Kept& kept, float value, int i) const {
+    if (value > kept.surely) return true;
+    if (value < kept.least) return false;
     const uint32_t bucket = CoarseBucket(value);
     if (bucket != kept.bucket) return bucket < kept.bucket;
     const uint32_t key = OrderedKey(value);
@@ -353,7 +358,8 @@ __device__ __forceinline__ Kept ShortestPrefix(const Row& row, const Kept& kept,
     if (tokens < end.count) last_id = IdOfTie(row, kept, low, tokens);
   }
   if (last_id == UINT_MAX && coarse == kept.bucket && low <= kept.key) return kept;
-  return {coarse, low, last_id};
+  const float least = ValueOfKey(low);
+  return {coarse, low, last_id, least + 3.0f * slack, least};
 }
 
 // The token at which the running sum of weights, in the order of ids, passes the draw's share of
@@ -384,19 +390,19 @@ __device__ __forceinline__ void Draw(const Row& row, const Kept& kept, const Sam
     uint64_t block_sum = 0;
 #pragma unroll 1
     for (int w = 0; w < kWarps; ++w) block_sum += shared.warp_sums[w];
-    StoreRemote(&mailbox.sum[row.rank], threadIdx.x, block_sum);
+    StoreRemote(&mailbox.draw_sum[row.rank], threadIdx.x, block_sum);
   }
   ClusterSync();
   uint64_t before = 0, total = 0;
 #pragma unroll
   for (uint32_t block = 0; block < kBlocks; ++block) {
-    if (block < row.rank) before += mailbox.sum[block];
-    total += mailbox.sum[block];
+    if (block < row.rank) before += mailbox.draw_sum[block];
+    total += mailbox.draw_sum[block];
   }
   // floor(draw * total): an integer running sum passes the one when it passes the other.
   const uint64_t target =
       __umul64hi(DrawBits(params.seed, params.sample_index, params.position) << 11, total);
-  if (target < before || target >= before + mailbox.sum[row.rank]) return;
+  if (target < before || target >= before + mailbox.draw_sum[row.rank]) return;
 
   // In this block. Which warp's segment, then which token of it.
   int begin = 0;
@@ -538,7 +544,7 @@ __global__ void __launch_bounds__(kThreads, 2) Sample(KernelArgs args) {
                    .bucket_scale = static_cast<float>(kBuckets / (-kLowestExponent * temperature))};
   // A logit is below a number in f64 if and only if it is below the next f32 above that.
   const float lowest = __double2float_ru(largest + kLowestExponent * temperature) + 0.0f;
-  Kept kept = {kBuckets - 1, OrderedKey(lowest), UINT_MAX};
+  Kept kept = {kBuckets - 1, OrderedKey(lowest), UINT_MAX, lowest, lowest};
   if (params.top_k > 0 && params.top_k < vocab_size) {
     kept = ShortestPrefix<false>(row, kept, [&](uint64_t count) -> uint64_t {
       return params.top_k < count ? params.top_k : 0;
