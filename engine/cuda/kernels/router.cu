@@ -2,9 +2,11 @@
 // router_logits.cu.
 //
 // A warp chooses for a token (ChooseExperts). Who chose an expert is a bit mask over tokens: rows
-// follow from counting bits, in the order of tokens by construction. Up to 256 tokens, the blocks
+// follow from counting bits, in the order of tokens by construction. Up to 64 tokens, the blocks
 // of one cluster exchange their masks and finish the rows; more go through global memory to
 // NumberRows. Bound by latency.
+
+#include <algorithm>
 
 #include "engine/cuda/kernels/cluster.cuh"
 #include "engine/cuda/kernels/launch.cuh"
@@ -16,7 +18,8 @@ namespace {
 
 constexpr int kMaxExperts = 384, kMaxGroups = 32, kMaxChoices = 32, kMaxShared = 32;
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kMaxClusterTokens = 256;
+constexpr int kMaxClusterTokens = 64;
+constexpr int kMaxShortBlocks = 1024;  // tokens for which a block has one a warp
 constexpr int kMaxCluster = 8;
 constexpr int kMaskTokens = 32;  // tokens of a block of ChooseExperts and of a mask, at most
 
@@ -30,123 +33,128 @@ struct ChooseArgs {
   RouterArgs router;
   const float* logits;  // [num_slices, num_tokens, n_routed_experts], to be added
   int num_slices;
-  int block_tokens;  // tokens of a block
-  uint32_t*
-      masks;  // [blocks, num_local_experts] in global memory; nullptr: one cluster has all tokens
+  int block_tokens;            // tokens of a block
+  int per_group;               // experts of a group
+  int group_shift;             // 1 << group_shift lanes look through a group together
+  uint32_t per_group_inverse;  // x * it >> 20 is x / per_group, x < kMaxExperts
+  // [blocks, num_local_experts] in global memory; nullptr: one cluster has all tokens.
+  uint32_t* masks;
+};
+
+// Where the rows of a block's tokens begin.
+struct Counts {
+  uint32_t first[kMaxExperts];  // of a local expert: the first row of this block's tokens
+  uint32_t warp_rows[kWarps];
 };
 
 // Row numbers of a block's tokens, from the masks of all blocks.
 //   masks    [num_blocks, stride]: bit i of masks[b][e]: token i of block b chose local expert e
 //   choices  [tokens, kMaxChoices] of this block: local expert, -1: none of them
-// All threads of the block call it.
+// All threads of the block call it. This code runs once a launch, so that its size is its cost:
+// hardly a loop is unrolled.
 __device__ __forceinline__ void NumberRowsOfBlock(const ChooseArgs& args, const uint32_t* masks,
                                                   int stride, int num_blocks, int block,
                                                   int num_real,
                                                   const int16_t (*choices)[kMaxChoices],
-                                                  uint32_t* totals, uint32_t* firsts) {
+                                                  Counts& counts) {
   const RouterArgs& router = args.router;
+  const MoeRouting& routing = router.routing;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int num_local = router.num_local_experts;
-  // totals[e]: rows of expert e; firsts[e]: those of blocks before this one
-  for (int e = threadIdx.x; e < num_local; e += kThreads) {
-    uint32_t total = 0, before = 0;
+  uint32_t rows = 0;  // of the experts so far
+#pragma unroll 1
+  for (int base = 0; base < num_local; base += kThreads) {
+    const int e = base + static_cast<int>(threadIdx.x);
+    uint32_t count = 0, before = 0;  // of all blocks; of those before this one
+    if (e < num_local) {
 #pragma unroll 8
-    for (int b = 0; b < num_blocks; ++b) {
-      const uint32_t count = __popc(masks[static_cast<int64_t>(b) * stride + e]);
-      total += count;
-      if (b < block) before += count;
+      for (int b = 0; b < num_blocks; ++b) {
+        if (b == block) before = count;
+        count += __popc(masks[static_cast<int64_t>(b) * stride + e]);
+      }
     }
-    totals[e] = total;
-    firsts[e] = before;
-  }
-  __syncthreads();
-  if (threadIdx.x < 32) {
-    const int lane = threadIdx.x;
-    uint32_t rows = 0;
-    for (int base = 0; base < num_local; base += 32) {
-      const int e = base + lane;
-      const uint32_t count = e < num_local ? totals[e] : 0;
-      uint32_t through = count;
+    uint32_t through = count;
 #pragma unroll
-      for (int d = 1; d < 32; d *= 2) {
-        const uint32_t below = __shfl_up_sync(~0u, through, d);
-        if (lane >= d) through += below;
-      }
-      if (e < num_local) {
-        const uint32_t offset = rows + through - count;
-        firsts[e] += offset;
-        if (block == 0) router.routing.group_offsets[e] = static_cast<int32_t>(offset);
-      }
-      rows += __shfl_sync(~0u, through, 31);
+    for (int d = 1; d < 32; d *= 2) {
+      const uint32_t below = __shfl_up_sync(~0u, through, d);
+      if (lane >= d) through += below;
     }
-    if (lane == 0) totals[num_local] = rows;
+    __syncthreads();  // warp_rows of the experts before is read
+    if (lane == 31) counts.warp_rows[warp] = through;
+    __syncthreads();
+    uint32_t offset = rows + through - count;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      if (w < warp) offset += counts.warp_rows[w];
+      rows += counts.warp_rows[w];
+    }
+    if (e < num_local) {
+      counts.first[e] = offset + before;
+      if (block == 0) routing.group_offsets[e] = static_cast<int32_t>(offset);
+    }
   }
   __syncthreads();
-  const int routed_rows = static_cast<int>(totals[num_local]);
+  const int routed_rows = static_cast<int>(rows), k = router.num_experts_per_tok;
   if (block == 0 && threadIdx.x <= router.num_shared) {
-    router.routing.group_offsets[num_local + threadIdx.x] =
+    routing.group_offsets[num_local + threadIdx.x] =
         routed_rows + static_cast<int>(threadIdx.x) * num_real;
   }
-
   const uint32_t* mask = masks + static_cast<int64_t>(block) * stride;
-  const int num_choices = router.routing.num_choices, k = router.num_experts_per_tok;
-  const int first_token = block * args.block_tokens;
-  const int tokens = min(args.block_tokens, router.num_tokens - first_token);
-  for (int at = threadIdx.x; at < tokens * num_choices; at += kThreads) {
-    const int local = at / num_choices, j = at % num_choices, token = first_token + local;
-    const int64_t to = static_cast<int64_t>(token) * num_choices + j;
-    int row = -1;
-    if (j < k) {
-      const int e = choices[local][j];
-      if (e >= 0) row = static_cast<int>(firsts[e]) + __popc(mask[e] & ((1u << local) - 1));
-    } else {
-      const bool real = token < num_real;
-      if (real) row = routed_rows + (j - k) * num_real + token;
-      router.routing.weights[to] = real ? 1.0f : 0.0f;
+#pragma unroll 1
+  for (int local = warp; local < args.block_tokens; local += kWarps) {
+    const int token = block * args.block_tokens + local;
+    if (token >= router.num_tokens) break;
+#pragma unroll 1
+    for (int j = lane; j < routing.num_choices; j += 32) {
+      const int64_t to = static_cast<int64_t>(token) * routing.num_choices + j;
+      int row = -1;
+      if (j >= k) {
+        if (token < num_real) row = routed_rows + (j - k) * num_real + token;
+        routing.weights[to] = token < num_real ? 1.0f : 0.0f;
+      } else if (const int e = choices[local][j]; e >= 0) {
+        row = static_cast<int>(counts.first[e]) + __popc(mask[e] & ((1u << local) - 1));
+      }
+      routing.row_of[to] = row;
+      if (row >= 0) routing.token_of_row[row] = token;
     }
-    router.routing.row_of[to] = row;
-    if (row >= 0) router.routing.token_of_row[row] = token;
   }
 }
 
-// Which expert is item i of a lane: runs of up to four side by side, which one load brings.
-template <int kItems>
+// Which expert is item i of a lane: runs of kRun side by side, which one load brings.
+template <int kRun>
 __device__ __forceinline__ int ExpertOf(int item) {
-  constexpr int kRun = kItems < 4 ? kItems : 4;
-  return item / kRun * (32 * kRun) + static_cast<int>(threadIdx.x % 32) * kRun + item % kRun;
+  const int lane = threadIdx.x % 32;
+  return item / kRun * (32 * kRun) + lane * kRun + item % kRun;
 }
 
 // A lane's logits of a token: the sums over slices.
-template <int kItems>
+template <int kItems, int kRun>
 __device__ __forceinline__ void SumSlices(const ChooseArgs& args, int token,
                                           float (&logits)[kItems]) {
-  constexpr int kAhead = kItems >= 32 ? 1 : 32 / kItems;  // slices under way: 32 registers
+  constexpr int kAhead = kItems >= 12 ? 5 : kItems >= 8 ? 8 : 16;  // slices under way
   const int num_experts = args.router.n_routed_experts;
-  const float* from = args.logits + static_cast<int64_t>(token) * num_experts;
+  const float* slice = args.logits + static_cast<int64_t>(token) * num_experts;
   const int64_t slice_stride = static_cast<int64_t>(args.router.num_tokens) * num_experts;
 #pragma unroll
   for (int i = 0; i < kItems; ++i) logits[i] = 0;
+#pragma unroll 1
   for (int first = 0; first < args.num_slices; first += kAhead) {
     float slices[kAhead][kItems];
 #pragma unroll
     for (int s = 0; s < kAhead; ++s) {
       if (first + s >= args.num_slices) break;
-      const float* slice = from + (first + s) * slice_stride;
-      if (kItems % 4 == 0 && num_experts % 4 == 0) {
 #pragma unroll
-        for (int i = 0; i < kItems; i += 4) {
-          const int expert = ExpertOf<kItems>(i);
-          if (expert < num_experts) {
-            *reinterpret_cast<float4*>(&slices[s][i]) =
-                *reinterpret_cast<const float4*>(slice + expert);
-          }
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < kItems; ++i) {
-          const int expert = ExpertOf<kItems>(i);
-          if (expert < num_experts) slices[s][i] = slice[expert];
+      for (int i = 0; i < kItems; i += kRun) {
+        const int expert = ExpertOf<kRun>(i);
+        if (expert >= num_experts) continue;
+        if constexpr (kRun == 4) {
+          *reinterpret_cast<float4*>(&slices[s][i]) =
+              *reinterpret_cast<const float4*>(slice + expert);
+        } else {
+          slices[s][i] = slice[expert];
         }
       }
+      slice += slice_stride;
     }
 #pragma unroll
     for (int s = 0; s < kAhead; ++s) {
@@ -157,28 +165,23 @@ __device__ __forceinline__ void SumSlices(const ChooseArgs& args, int token,
   }
 }
 
-// A token's choice by one warp.
-template <int kItems>
-__device__ __forceinline__ void ChooseOfToken(const ChooseArgs& args, int token, float* scores,
+// A token's choice by one warp, from its logits and the bias. Its size is its cost, as above.
+template <int kItems, int kRun>
+__device__ __forceinline__ void ChooseOfToken(const ChooseArgs& args, int token,
+                                              const float (&logits)[kItems],
+                                              const float (&bias)[kItems], float* scores,
                                               float* group_scratch, int16_t* choices) {
   const RouterArgs& router = args.router;
   const int lane = threadIdx.x % 32, num_experts = router.n_routed_experts;
   const int k = router.num_experts_per_tok;
 
-  float bias[kItems], logits[kItems];
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) {
-    const int expert = ExpertOf<kItems>(i);
-    bias[i] = expert < num_experts ? router.correction_bias[expert] : 0.0f;
-  }
-  SumSlices<kItems>(args, token, logits);
   uint32_t keys[kItems];  // 0: not to be chosen
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
-    const int expert = ExpertOf<kItems>(i);
+    const int expert = ExpertOf<kRun>(i);
     keys[i] = 0;
     if (expert >= num_experts) continue;
-    const float score = 1.0f / (1.0f + expf(-logits[i]));
+    const float score = __fdividef(1.0f, 1.0f + expf(-logits[i]));
     const float choice = score + bias[i];
     keys[i] = OrderedKey(choice);
     scores[expert] = score;
@@ -187,14 +190,12 @@ __device__ __forceinline__ void ChooseOfToken(const ChooseArgs& args, int token,
   __syncwarp();
 
   if (router.topk_group < router.n_group) {
-    // `parts` lanes, a power of two, look through a group together.
-    const int per_group = num_experts / router.n_group;
-    int parts = 1;
-    while (2 * parts * router.n_group <= 32) parts *= 2;
-    const int group = lane / parts;
+    const int per_group = args.per_group, parts = 1 << args.group_shift;
+    const int group = lane >> args.group_shift;
     float best = -INFINITY, second = -INFINITY;
     if (group < router.n_group) {
-      for (int i = lane % parts; i < per_group; i += parts) {
+#pragma unroll 2
+      for (int i = lane & (parts - 1); i < per_group; i += parts) {
         const float choice = group_scratch[group * per_group + i];
         if (choice > best) {
           second = best;
@@ -204,29 +205,34 @@ __device__ __forceinline__ void ChooseOfToken(const ChooseArgs& args, int token,
         }
       }
     }
+#pragma unroll 1
     for (int d = 1; d < parts; d *= 2) {
-      const float other_best = __shfl_xor_sync(~0u, best, d),
-                  other_second = __shfl_xor_sync(~0u, second, d);
+      const float other_best = __shfl_xor_sync(~0u, best, d);
+      const float other_second = __shfl_xor_sync(~0u, second, d);
       second = fmaxf(fminf(best, other_best), fmaxf(second, other_second));
       best = fmaxf(best, other_best);
     }
     uint32_t key = group < router.n_group ? OrderedKey(best + second) : 0;
     uint32_t allowed = 0;
+#pragma unroll 1
     for (int i = 0; i < router.topk_group; ++i) {
       const uint32_t largest = __reduce_max_sync(~0u, key);
-      const int chosen =
-          (__ffs(__ballot_sync(~0u, key == largest)) - 1) / parts;  // the lowest of equals
+      // The lowest of equals.
+      const int chosen = (__ffs(__ballot_sync(~0u, key == largest)) - 1) >> args.group_shift;
       allowed |= 1u << chosen;
       if (group == chosen) key = 0;
     }
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      const int expert = ExpertOf<kItems>(i);
-      if (expert < num_experts && (allowed >> expert / per_group & 1) == 0) keys[i] = 0;
+      const int expert = ExpertOf<kRun>(i);
+      const int group_of =
+          static_cast<int>(static_cast<uint32_t>(expert) * args.per_group_inverse >> 20);
+      if (expert < num_experts && (allowed >> group_of & 1) == 0) keys[i] = 0;
     }
   }
 
   int chosen = 0;  // lane j: the j-th best
+#pragma unroll 1
   for (int j = 0; j < k; ++j) {
     uint32_t best = 0;
     int item = 0;
@@ -238,16 +244,17 @@ __device__ __forceinline__ void ChooseOfToken(const ChooseArgs& args, int token,
       }
     }
     const uint32_t largest = __reduce_max_sync(~0u, best);
-    const uint32_t expert = __reduce_min_sync(~0u, best == largest ? ExpertOf<kItems>(item) : ~0u);
+    const uint32_t expert = __reduce_min_sync(~0u, best == largest ? ExpertOf<kRun>(item) : ~0u);
     if (lane == j) chosen = static_cast<int>(expert);
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
-      if (expert == ExpertOf<kItems>(i)) keys[i] = 0;
+      if (expert == ExpertOf<kRun>(i)) keys[i] = 0;
     }
   }
 
   const float score = lane < k ? scores[chosen] : 0.0f;
   float sum = 0.0f;
+#pragma unroll 1
   for (int j = 0; j < k; ++j) sum += __shfl_sync(~0u, score, j);
   if (lane < k) {
     const float weight =
@@ -262,83 +269,109 @@ __device__ __forceinline__ void ChooseOfToken(const ChooseArgs& args, int token,
   __syncwarp();  // the scratch belongs to the warp's next token
 }
 
-template <int kItems>
+template <int kItems, int kRun>
 __global__ void __launch_bounds__(kThreads) ChooseExperts(ChooseArgs args) {
   __shared__ float scores[kWarps][32 * kItems], group_scratch[kWarps][32 * kItems];
   __shared__ int16_t choices[kMaskTokens][kMaxChoices];
   __shared__ uint32_t masks[kMaxCluster][32 * kItems];  // of all blocks of the cluster
-  __shared__ uint32_t totals[32 * kItems + 1], firsts[32 * kItems];
+  __shared__ Counts counts;
   const RouterArgs& router = args.router;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, num_local = router.num_local_experts;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int num_local = router.num_local_experts, k = router.num_experts_per_tok;
   const bool in_cluster = args.masks == nullptr;
   const int block = blockIdx.x;
   uint32_t* own = masks[in_cluster ? block : 0];
   if (in_cluster) ClusterArrive();
+#pragma unroll 1
   for (int e = threadIdx.x; e < num_local; e += kThreads) own[e] = 0;
+  float bias[kItems];
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    const int expert = ExpertOf<kRun>(i);
+    bias[i] = expert < router.n_routed_experts ? router.correction_bias[expert] : 0.0f;
+  }
   __syncthreads();
   WaitForPrevious();
   LetNextBegin();
 
   const int num_real = min(max(*router.num_real_tokens, 0), router.num_tokens);
+#pragma unroll 1
   for (int local = warp; local < args.block_tokens; local += kWarps) {
     const int token = block * args.block_tokens + local;
     if (token >= router.num_tokens) break;
+    float logits[kItems];
+    SumSlices<kItems, kRun>(args, token,
+                            logits);  // padding's too: the loads do not wait for num_real
     if (token < num_real) {
-      ChooseOfToken<kItems>(args, token, scores[warp], group_scratch[warp], choices[local]);
-      if (lane < router.num_experts_per_tok && choices[local][lane] >= 0) {
-        atomicOr(&own[choices[local][lane]], 1u << local);
-      }
-    } else if (lane < router.num_experts_per_tok) {
+      ChooseOfToken<kItems, kRun>(args, token, logits, bias, scores[warp], group_scratch[warp],
+                                  choices[local]);
+      if (lane < k && choices[local][lane] >= 0) atomicOr(&own[choices[local][lane]], 1u << local);
+    } else if (lane < k) {
       choices[local][lane] = -1;
       router.routing.weights[static_cast<int64_t>(token) * router.routing.num_choices + lane] = 0;
-      router.routing.topk_ids[static_cast<int64_t>(token) * router.num_experts_per_tok + lane] = -1;
+      router.routing.topk_ids[static_cast<int64_t>(token) * k + lane] = -1;
     }
   }
   __syncthreads();
   if (!in_cluster) {
+#pragma unroll 1
     for (int e = threadIdx.x; e < num_local; e += kThreads) {
       args.masks[static_cast<int64_t>(block) * num_local + e] = own[e];
     }
     return;
   }
-  ClusterWait();  // the others have begun
   const int blocks = gridDim.x;
-  for (int other = 0; other < blocks; ++other) {
-    if (other == block) continue;
-    for (int e = threadIdx.x; e < num_local; e += kThreads) StoreRemote(&own[e], other, own[e]);
+  ClusterWait();  // the others have begun
+  if (blocks > 1) {
+#pragma unroll 1
+    for (int e = threadIdx.x; e < num_local; e += kThreads) {
+#pragma unroll 1
+      for (int other = 0; other < blocks; ++other) {
+        if (other != block) StoreRemote(&own[e], other, own[e]);
+      }
+    }
+    ClusterSync();
   }
-  ClusterSync();
-  NumberRowsOfBlock(args, masks[0], 32 * kItems, blocks, block, num_real, choices, totals, firsts);
+  NumberRowsOfBlock(args, masks[0], 32 * kItems, blocks, block, num_real, choices, counts);
 }
 
 __global__ void __launch_bounds__(kThreads) NumberRows(ChooseArgs args) {
   __shared__ int16_t choices[kMaskTokens][kMaxChoices];
-  __shared__ uint32_t totals[kMaxExperts + 1], firsts[kMaxExperts];
+  __shared__ Counts counts;
   WaitForPrevious();
   LetNextBegin();
   const RouterArgs& router = args.router;
-  const int num_real = min(max(*router.num_real_tokens, 0), router.num_tokens),
-            k = router.num_experts_per_tok;
-  const int first_token = blockIdx.x * args.block_tokens;
-  for (int at = threadIdx.x; at < args.block_tokens * k; at += kThreads) {
-    const int local = at / k, token = first_token + local;
+  const int num_real = min(max(*router.num_real_tokens, 0), router.num_tokens);
+  const int k = router.num_experts_per_tok, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int local = warp; local < args.block_tokens; local += kWarps) {
+    const int token = blockIdx.x * args.block_tokens + local;
     if (token >= router.num_tokens) break;
+    if (lane >= k) continue;
     const int expert =
-        router.routing.topk_ids[static_cast<int64_t>(token) * k + at % k] - router.first_expert;
+        router.routing.topk_ids[static_cast<int64_t>(token) * k + lane] - router.first_expert;
     const bool here = token < num_real && expert >= 0 && expert < router.num_local_experts;
-    choices[local][at % k] = static_cast<int16_t>(here ? expert : -1);
+    choices[local][lane] = static_cast<int16_t>(here ? expert : -1);
   }
   NumberRowsOfBlock(args, args.masks, router.num_local_experts, gridDim.x, blockIdx.x, num_real,
-                    choices, totals, firsts);
+                    choices, counts);
 }
+
+// --- Launchers
 
 cudaError_t LaunchChoose(const ChooseArgs& args, const LaunchShape& shape, cudaStream_t stream) {
   const int experts = args.router.n_routed_experts;
-  if (experts <= 32) return Launch(ChooseExperts<1>, shape, stream, args);
-  if (experts <= 64) return Launch(ChooseExperts<2>, shape, stream, args);
-  if (experts <= 128) return Launch(ChooseExperts<4>, shape, stream, args);
-  if (experts <= 256) return Launch(ChooseExperts<8>, shape, stream, args);
-  return Launch(ChooseExperts<12>, shape, stream, args);
+  if (experts <= 32) return Launch(ChooseExperts<1, 1>, shape, stream, args);
+  if (experts % 4 != 0) return Launch(ChooseExperts<12, 1>, shape, stream, args);
+  if (experts <= 128) return Launch(ChooseExperts<4, 4>, shape, stream, args);
+  if (experts <= 256) return Launch(ChooseExperts<8, 4>, shape, stream, args);
+  return Launch(ChooseExperts<12, 4>, shape, stream, args);
+}
+
+// Tokens of a block that is in no cluster, and how many such blocks there are.
+int MaskTokens(int num_tokens) { return num_tokens <= kMaxShortBlocks ? kWarps : kMaskTokens; }
+int MaskBlocks(int num_tokens) {
+  return (num_tokens + MaskTokens(num_tokens) - 1) / MaskTokens(num_tokens);
 }
 
 bool Valid(const RouterArgs& args) {
@@ -362,9 +395,10 @@ bool Valid(const RouterArgs& args) {
 }  // namespace
 
 size_t RouterWorkspaceBytes(int max_tokens, int n_routed_experts) {
-  const size_t masks =
-      (size_t(max_tokens) + kMaskTokens - 1) / kMaskTokens * n_routed_experts * sizeof(uint32_t);
-  return RouterLogitBytes(max_tokens, n_routed_experts) + masks;
+  const int masks =
+      std::max(MaskBlocks(std::min(max_tokens, kMaxShortBlocks)), MaskBlocks(max_tokens));
+  return RouterLogitBytes(max_tokens, n_routed_experts) +
+         size_t(masks) * n_routed_experts * sizeof(uint32_t);
 }
 
 cudaError_t RouteTokens(const RouterArgs& args, cudaStream_t stream) {
@@ -385,11 +419,17 @@ cudaError_t RouteTokens(const RouterArgs& args, cudaStream_t stream) {
                                    stream);
   if (error != cudaSuccess) return error;
 
+  const uint32_t per_group = args.n_routed_experts / args.n_group;
+  int group_shift = 0;
+  while ((2 << group_shift) * args.n_group <= 32) ++group_shift;
   ChooseArgs choose = {
       .router = args,
       .logits = logits,
       .num_slices = RouterLogitSlices(args.num_tokens, args.hidden_size, args.n_routed_experts),
-      .block_tokens = kMaskTokens,
+      .block_tokens = MaskTokens(args.num_tokens),
+      .per_group = static_cast<int>(per_group),
+      .group_shift = group_shift,
+      .per_group_inverse = ((1u << 20) + per_group - 1) / per_group,
       .masks = nullptr};
   if (args.num_tokens <= kMaxClusterTokens) {
     int blocks = 1;  // of kWarps tokens, as long as there are that many blocks
@@ -400,8 +440,7 @@ cudaError_t RouteTokens(const RouterArgs& args, cudaStream_t stream) {
   }
   choose.masks = reinterpret_cast<uint32_t*>(
       args.workspace + RouterLogitBytes(args.num_tokens, args.n_routed_experts));
-  const LaunchShape shape = {.grid = dim3((args.num_tokens + kMaskTokens - 1) / kMaskTokens),
-                             .block = dim3(kThreads)};
+  const LaunchShape shape = {.grid = dim3(MaskBlocks(args.num_tokens)), .block = dim3(kThreads)};
   error = LaunchChoose(choose, shape, stream);
   if (error != cudaSuccess) return error;
   return Launch(NumberRows, shape, stream, choose);

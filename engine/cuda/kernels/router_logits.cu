@@ -19,11 +19,12 @@ namespace {
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kStepK = 32;  // of hidden_size, two steps of the tensor cores
 constexpr int kChunksOfSlice = kWarps;
-constexpr int kMaxSliceTokens = 1024;  // more: TileLogits
+constexpr int kMaxSliceTokens = 1024;  // up to here slices are apart
+constexpr int kFewExperts = 32;        // with so few, always
 
 int MaxSlices(int n_routed_experts) {
   const int tiles = (n_routed_experts + 15) / 16;
-  return std::clamp(132 / tiles, 1, 32);
+  return std::clamp(132 / tiles, 1, 16);
 }
 
 // How hidden_size is cut: a function of the shape alone.
@@ -41,6 +42,8 @@ Cut CutOf(int hidden_size, int n_routed_experts) {
 // A lane's part of 16 experts x kStepK columns: of rows lane / 4 and lane / 4 + 8 the columns 8 c
 // to 8 c + 7, c = lane % 4. The tensor core sees the columns in an order of our own, the same for
 // gate and x.
+// Its first half is one step of the tensor cores, its second the next. Who has several sums begins
+// with the first halves of all: the second of a sum waits for its first.
 template <typename Gate>
 struct GateFragment;
 
@@ -52,8 +55,10 @@ struct GateFragment<__nv_bfloat16> {
     rows[0] = *reinterpret_cast<const uint4*>(row0);
     rows[1] = *reinterpret_cast<const uint4*>(row1);
   }
-  __device__ __forceinline__ void Multiply(float (&sum)[4], const uint4& x) const {
+  __device__ __forceinline__ void MultiplyFirst(float (&sum)[4], const uint4& x) const {
     MmaBf16(sum, rows[0].x, rows[1].x, rows[0].y, rows[1].y, x.x, x.y);
+  }
+  __device__ __forceinline__ void MultiplySecond(float (&sum)[4], const uint4& x) const {
     MmaBf16(sum, rows[0].z, rows[1].z, rows[0].w, rows[1].w, x.z, x.w);
   }
 };
@@ -69,14 +74,23 @@ struct GateFragment<float> {
       *reinterpret_cast<float4*>(rows[1] + i) = *reinterpret_cast<const float4*>(row1 + i);
     }
   }
-  __device__ __forceinline__ void Multiply(float (&sum)[4], const uint4& x) const {
+  __device__ __forceinline__ void MultiplyFirst(float (&sum)[4], const uint4& x) const {
+    Multiply<0>(sum, x.x, x.y);
+  }
+  __device__ __forceinline__ void MultiplySecond(float (&sum)[4], const uint4& x) const {
+    Multiply<4>(sum, x.z, x.w);
+  }
+
+ private:
+  template <int kFirst>
+  __device__ __forceinline__ void Multiply(float (&sum)[4], uint32_t x0, uint32_t x1) const {
     // 24 bits of significand are three times the 8 of bf16: each remainder is exact.
-    uint32_t parts[3][2][4];
+    uint32_t parts[3][2][2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float low = rows[row][2 * i], high = rows[row][2 * i + 1];
+      for (int i = 0; i < 2; ++i) {
+        float low = rows[row][kFirst + 2 * i], high = rows[row][kFirst + 2 * i + 1];
 #pragma unroll
         for (int part = 0; part < 3; ++part) {
           const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
@@ -88,230 +102,303 @@ struct GateFragment<float> {
     }
 #pragma unroll
     for (int part = 2; part >= 0; --part) {
-      MmaBf16(sum, parts[part][0][0], parts[part][1][0], parts[part][0][1], parts[part][1][1], x.x,
-              x.y);
-      MmaBf16(sum, parts[part][0][2], parts[part][1][2], parts[part][0][3], parts[part][1][3], x.z,
-              x.w);
+      MmaBf16(sum, parts[part][0][0], parts[part][1][0], parts[part][0][1], parts[part][1][1], x0,
+              x1);
     }
   }
 };
 
-// Block (i, s, t): experts [16 i, + 16), slice s, tokens [8 kTokenTiles t, + 8 kTokenTiles).
-template <typename Gate, int kTokenTiles>
+template <typename Gate, int kM, int kN>
+__device__ __forceinline__ void MultiplyAll(float (&sums)[kM][kN][4],
+                                            const GateFragment<Gate> (&gate)[kM],
+                                            const uint4 (&x)[kN]) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int j = 0; j < kN; ++j) gate[m].MultiplyFirst(sums[m][j], x[j]);
+  }
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int j = 0; j < kN; ++j) gate[m].MultiplySecond(sums[m][j], x[j]);
+  }
+}
+
+// Block (i, s, t): experts [16 kM i, + 16 kM), slice s, tokens [8 kN t, + 8 kN). All that a warp
+// reads is under way at once, the gate before x is there.
+template <typename Gate, int kM, int kN, int kAhead>
 __global__ void __launch_bounds__(kThreads)
     SliceLogits(RouterLogitsArgs args, const Gate* gate, Cut cut) {
-  constexpr int kAhead = 4;        // steps of the gate in registers; they come before x is there
-  constexpr int kStride = 16 + 4;  // floats of a token in `sums`: no bank conflicts
-  __shared__ float sums[kWarps][8 * kTokenTiles][kStride];
+  constexpr int kStride = 16 * kM + 4;  // floats of a token in `sums`: no bank conflicts
+  __shared__ float sums[kWarps][8 * kN][kStride];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
-  const int hidden = args.hidden_size, first_expert = blockIdx.x * 16;
-  const int first_token = blockIdx.z * 8 * kTokenTiles;
+  const int hidden = args.hidden_size;
+  const int first_expert = blockIdx.x * 16 * kM, first_token = blockIdx.z * 8 * kN;
   const int begin = (blockIdx.y * kChunksOfSlice + warp) * cut.chunk_steps;
   const int end = min(begin + cut.chunk_steps, hidden / kStepK);
-  const Gate* gate_rows[2];
+  const auto row = [&](const auto* matrix, int index, int rows) {
+    return matrix + static_cast<int64_t>(min(index, rows - 1)) * hidden + 8 * c;
+  };
+  const Gate* gate_rows[2 * kM];
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int expert = min(first_expert + g + 8 * i, args.n_routed_experts - 1);
-    gate_rows[i] = gate + static_cast<int64_t>(expert) * hidden + 8 * c;
+  for (int i = 0; i < 2 * kM; ++i) {
+    gate_rows[i] = row(gate, first_expert + g + 8 * i, args.n_routed_experts);
   }
-  GateFragment<Gate> fragments[kAhead];
+  GateFragment<Gate> fragments[kAhead][kM];
   const auto load_gate = [&](int first) {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       const int at = (first + i) * kStepK;
-      if (first + i < end) fragments[i].Load(gate_rows[0] + at, gate_rows[1] + at);
+      if (first + i >= end) break;
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        fragments[i][m].Load(gate_rows[2 * m] + at, gate_rows[2 * m + 1] + at);
+      }
     }
   };
   load_gate(begin);
   WaitForPrevious();
   LetNextBegin();
 
-  const __nv_bfloat16* x[kTokenTiles];
+  const __nv_bfloat16* x_rows[kN];
 #pragma unroll
-  for (int j = 0; j < kTokenTiles; ++j) {
-    const int token = min(first_token + 8 * j + g, args.num_tokens - 1);
-    x[j] = args.x + static_cast<int64_t>(token) * hidden + 8 * c;
-  }
-  float sum[kTokenTiles][4] = {};
+  for (int j = 0; j < kN; ++j) x_rows[j] = row(args.x, first_token + 8 * j + g, args.num_tokens);
+  float sum[kM][kN][4] = {};
   for (int first = begin; first < end; first += kAhead) {
     if (first != begin) load_gate(first);
-    uint4 values[kAhead][kTokenTiles];
+    uint4 x[kAhead][kN];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      if (first + i < end) {
+      if (first + i >= end) break;
 #pragma unroll
-        for (int j = 0; j < kTokenTiles; ++j) {
-          values[i][j] = *reinterpret_cast<const uint4*>(x[j] + (first + i) * kStepK);
-        }
+      for (int j = 0; j < kN; ++j) {
+        x[i][j] = *reinterpret_cast<const uint4*>(x_rows[j] + (first + i) * kStepK);
       }
     }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      if (first + i < end) {
-#pragma unroll
-        for (int j = 0; j < kTokenTiles; ++j) fragments[i].Multiply(sum[j], values[i][j]);
-      }
+      if (first + i >= end) break;
+      MultiplyAll(sum, fragments[i], x[i]);
     }
   }
 
 #pragma unroll
-  for (int j = 0; j < kTokenTiles; ++j) {
-    float* to = &sums[warp][8 * j + 2 * c][g];
-    to[0] = sum[j][0];
-    to[kStride] = sum[j][1];
-    to[8] = sum[j][2];
-    to[kStride + 8] = sum[j][3];
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int j = 0; j < kN; ++j) {
+      float* to = &sums[warp][8 * j + 2 * c][16 * m + g];
+      to[0] = sum[m][j][0];
+      to[kStride] = sum[m][j][1];
+      to[8] = sum[m][j][2];
+      to[kStride + 8] = sum[m][j][3];
+    }
   }
   __syncthreads();
-  for (int at = threadIdx.x; at < 16 * 8 * kTokenTiles; at += kThreads) {
-    const int local = at / 16, token = first_token + local, expert = first_expert + at % 16;
+  float* out =
+      args.out + static_cast<int64_t>(blockIdx.y) * args.num_tokens * args.n_routed_experts;
+#pragma unroll 1
+  for (int at = threadIdx.x; at < 16 * kM * 8 * kN; at += kThreads) {
+    const int local = at / (16 * kM), token = first_token + local;
+    const int expert = first_expert + at % (16 * kM);
     if (token >= args.num_tokens || expert >= args.n_routed_experts) continue;
     float total = 0;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) total += sums[w][local][at % 16];
-    const int64_t row = static_cast<int64_t>(blockIdx.y) * args.num_tokens + token;
-    args.out[row * args.n_routed_experts + expert] = total;
+    for (int w = 0; w < kWarps; ++w) total += sums[w][local][at % (16 * kM)];
+    out[static_cast<int64_t>(token) * args.n_routed_experts + expert] = total;
   }
 }
 
-constexpr int kTileExperts = 64, kTileTokens = 128;  // of a block of TileLogits; a warp has 32 x 32
-constexpr int kStages = 4;
-
-template <typename Gate>
-struct alignas(16) LogitStage {
-  Gate gate[kTileExperts][kStepK];
-  __nv_bfloat16 x[kTileTokens][kStepK];
+// A block of TileLogits: 8 warps, kExpertWarps of them side by side over experts, each 16 kM
+// experts by 8 kN tokens.
+template <int kExpertWarps_, int kM_, int kN_>
+struct Tile {
+  static constexpr int kExpertWarps = kExpertWarps_, kM = kM_, kN = kN_;
+  static constexpr int kExperts = 16 * kM * kExpertWarps;
+  static constexpr int kTokens = 8 * kN * (kWarps / kExpertWarps);
+  static constexpr int kStages = kExperts + kTokens <= 192 ? 3 : 4;  // 2 blocks, or 1
 };
 
-template <typename Gate>
-__global__ void __launch_bounds__(kThreads, 2)
+// The ring of shared memory. A row of a step is 64 bytes (or 128): loads of eight rows by 16 bytes
+// a lane meet no bank twice.
+constexpr int kStageSteps = 2;
+template <typename Gate, typename Tile>
+struct alignas(16) Stage {
+  Gate gate[kStageSteps][Tile::kExperts][kStepK];
+  __nv_bfloat16 x[kStageSteps][Tile::kTokens][kStepK];
+};
+template <typename Gate, typename Tile>
+struct TileShared {
+  Stage<Gate, Tile> stages[Tile::kStages];
+  float total[Tile::kM * Tile::kN * 4][kThreads];  // of each thread: seldom touched
+};
+
+// Block (i, t, z): tile i of experts, tile t of tokens; of slice z, or of all when there is one z.
+template <typename Gate, typename Tile>
+__global__ void __launch_bounds__(kThreads)
     TileLogits(RouterLogitsArgs args, const Gate* gate, Cut cut) {
   extern __shared__ __align__(16) unsigned char shared[];
-  auto* stages = reinterpret_cast<LogitStage<Gate>*>(shared);
+  constexpr int kStages = Tile::kStages;
+  auto& [stages, total] = *reinterpret_cast<TileShared<Gate, Tile>*>(shared);
   WaitForPrevious();
   LetNextBegin();
-  const int hidden = args.hidden_size, steps = hidden / kStepK;
-  const int first_expert = blockIdx.x * kTileExperts, first_token = blockIdx.y * kTileTokens;
-  const auto load = [&](int step) {
-    if (step < steps) {
-      LogitStage<Gate>& stage = stages[step % kStages];
-      constexpr int kGateVectors = kStepK * sizeof(Gate) / 16, kXVectors = kStepK * 2 / 16;
+  const int hidden = args.hidden_size;
+  const int first_expert = blockIdx.x * Tile::kExperts, first_token = blockIdx.y * Tile::kTokens;
+  const int slice_steps = cut.chunk_steps * kChunksOfSlice;
+  const int begin = blockIdx.z * slice_steps;
+  const int end = gridDim.z == 1 ? hidden / kStepK : min(begin + slice_steps, hidden / kStepK);
+
+  const auto load = [&](int first_step) {  // and the next, into the stage of both
+    Stage<Gate, Tile>& stage = stages[(first_step - begin) / kStageSteps % kStages];
+    constexpr int kGateVectors = kStepK * sizeof(Gate) / 16, kXVectors = kStepK * 2 / 16;
 #pragma unroll
-      for (int at = threadIdx.x; at < kTileExperts * kGateVectors; at += kThreads) {
+    for (int s = 0; s < kStageSteps; ++s) {
+      const int from = (first_step + s) * kStepK;
+      if (first_step + s >= end) break;
+#pragma unroll
+      for (int at = threadIdx.x; at < Tile::kExperts * kGateVectors; at += kThreads) {
         const int row = at / kGateVectors, column = at % kGateVectors * (16 / sizeof(Gate));
         const int expert = min(first_expert + row, args.n_routed_experts - 1);
-        CopyAsync16(&stage.gate[row][column],
-                    gate + static_cast<int64_t>(expert) * hidden + step * kStepK + column, true);
+        CopyAsync16(&stage.gate[s][row][column],
+                    gate + static_cast<int64_t>(expert) * hidden + from + column, true);
       }
 #pragma unroll
-      for (int at = threadIdx.x; at < kTileTokens * kXVectors; at += kThreads) {
+      for (int at = threadIdx.x; at < Tile::kTokens * kXVectors; at += kThreads) {
         const int row = at / kXVectors, column = at % kXVectors * 8;
         const int token = min(first_token + row, args.num_tokens - 1);
-        CopyAsync16(&stage.x[row][column],
-                    args.x + static_cast<int64_t>(token) * hidden + step * kStepK + column, true);
+        CopyAsync16(&stage.x[s][row][column],
+                    args.x + static_cast<int64_t>(token) * hidden + from + column, true);
       }
     }
-    CopyAsyncCommit();
+    CopyAsyncCommit();  // also an empty group: the count below stays right
   };
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
-  const int warp_expert = warp % 2 * 32, warp_token = warp / 2 * 32;
-  float chunk_sum[2][4][4] = {}, slice_sum[2][4][4] = {}, total[2][4][4] = {};
-  const auto add = [](float(&to)[2][4][4], float(&from)[2][4][4]) {
+  const int warp_expert = warp % Tile::kExpertWarps * 16 * Tile::kM;
+  const int warp_token = warp / Tile::kExpertWarps * 8 * Tile::kN;
+  float chunk_sum[Tile::kM][Tile::kN][4] = {}, slice_sum[Tile::kM][Tile::kN][4] = {};
+  const auto for_each = [](const auto& take) {
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
+    for (int m = 0; m < Tile::kM; ++m) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int j = 0; j < Tile::kN; ++j) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          to[m][j][i] += from[m][j][i];
-          from[m][j][i] = 0;
-        }
+        for (int i = 0; i < 4; ++i) take(m, j, i);
       }
     }
   };
-  for (int step = 0; step < kStages - 1; ++step) load(step);
+  const auto end_chunk = [&] {
+    for_each([&](int m, int j, int i) {
+      slice_sum[m][j][i] += chunk_sum[m][j][i];
+      chunk_sum[m][j][i] = 0;
+    });
+  };
+  const auto end_slice = [&] {
+    for_each([&](int m, int j, int i) {
+      total[(m * Tile::kN + j) * 4 + i][threadIdx.x] += slice_sum[m][j][i];
+      slice_sum[m][j][i] = 0;
+    });
+  };
+  for_each([&](int m, int j, int i) { total[(m * Tile::kN + j) * 4 + i][threadIdx.x] = 0; });
+  for (int i = 0; i < kStages - 1; ++i) load(begin + i * kStageSteps);
   int chunk_left = cut.chunk_steps, slice_left = kChunksOfSlice;
-  for (int step = 0; step < steps; ++step) {
+  for (int first = begin; first < end; first += kStageSteps) {
     CopyAsyncWait<kStages - 2>();
-    __syncthreads();  // the step has arrived for all, and all are done with the stage that is
-                      // loaded next
-    load(step + kStages - 1);
-    const LogitStage<Gate>& stage = stages[step % kStages];
-    uint4 x[4];
+    // The steps have arrived for all, and all are done with the stage that is loaded next.
+    __syncthreads();
+    load(first + (kStages - 1) * kStageSteps);
+    const Stage<Gate, Tile>& stage = stages[(first - begin) / kStageSteps % kStages];
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
-      x[j] = *reinterpret_cast<const uint4*>(&stage.x[warp_token + 8 * j + g][8 * c]);
+    for (int s = 0; s < kStageSteps; ++s) {
+      if (first + s >= end) break;
+      uint4 x[Tile::kN];
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
-      GateFragment<Gate> fragment;
-      fragment.Load(&stage.gate[warp_expert + 16 * m + g][8 * c],
-                    &stage.gate[warp_expert + 16 * m + g + 8][8 * c]);
+      for (int j = 0; j < Tile::kN; ++j) {
+        x[j] = *reinterpret_cast<const uint4*>(&stage.x[s][warp_token + 8 * j + g][8 * c]);
+      }
+      GateFragment<Gate> fragments[Tile::kM];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) fragment.Multiply(chunk_sum[m][j], x[j]);
-    }
-    if (--chunk_left == 0) {
+      for (int m = 0; m < Tile::kM; ++m) {
+        fragments[m].Load(&stage.gate[s][warp_expert + 16 * m + g][8 * c],
+                          &stage.gate[s][warp_expert + 16 * m + g + 8][8 * c]);
+      }
+      MultiplyAll(chunk_sum, fragments, x);
+      if (--chunk_left > 0) continue;
       chunk_left = cut.chunk_steps;
-      add(slice_sum, chunk_sum);
-      if (--slice_left == 0) {
-        slice_left = kChunksOfSlice;
-        add(total, slice_sum);
-      }
+      end_chunk();
+      if (--slice_left > 0) continue;
+      slice_left = kChunksOfSlice;
+      end_slice();
     }
   }
-  add(slice_sum, chunk_sum);
-  add(total, slice_sum);
+  end_chunk();
+  end_slice();
 
-#pragma unroll
-  for (int m = 0; m < 2; ++m) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int expert = first_expert + warp_expert + 16 * m + 8 * (i / 2) + g;
-        const int token = first_token + warp_token + 8 * j + 2 * c + i % 2;
-        if (expert < args.n_routed_experts && token < args.num_tokens) {
-          args.out[static_cast<int64_t>(token) * args.n_routed_experts + expert] = total[m][j][i];
-        }
-      }
+  float* out =
+      args.out + static_cast<int64_t>(blockIdx.z) * args.num_tokens * args.n_routed_experts;
+  for_each([&](int m, int j, int i) {
+    const int expert = first_expert + warp_expert + 16 * m + 8 * (i / 2) + g;
+    const int token = first_token + warp_token + 8 * j + 2 * c + i % 2;
+    if (expert < args.n_routed_experts && token < args.num_tokens) {
+      out[static_cast<int64_t>(token) * args.n_routed_experts + expert] =
+          total[(m * Tile::kN + j) * 4 + i][threadIdx.x];
     }
-  }
+  });
 }
 
-template <typename Gate, int kTokenTiles>
+template <int kM, int kN, int kAhead = 4, typename Gate>
 cudaError_t LaunchSlices(const RouterLogitsArgs& args, const Gate* gate, cudaStream_t stream) {
   const Cut cut = CutOf(args.hidden_size, args.n_routed_experts);
-  const dim3 grid((args.n_routed_experts + 15) / 16, cut.num_slices,
-                  (args.num_tokens + 8 * kTokenTiles - 1) / (8 * kTokenTiles));
-  return Launch(SliceLogits<Gate, kTokenTiles>, {.grid = grid, .block = dim3(kThreads)}, stream,
+  const dim3 grid((args.n_routed_experts + 16 * kM - 1) / (16 * kM), cut.num_slices,
+                  (args.num_tokens + 8 * kN - 1) / (8 * kN));
+  return Launch(SliceLogits<Gate, kM, kN, kAhead>, {.grid = grid, .block = dim3(kThreads)}, stream,
+                args, gate, cut);
+}
+
+template <typename Tile, typename Gate>
+cudaError_t LaunchTiles(const RouterLogitsArgs& args, const Gate* gate, cudaStream_t stream) {
+  const Cut cut = CutOf(args.hidden_size, args.n_routed_experts);
+  const dim3 grid((args.n_routed_experts + Tile::kExperts - 1) / Tile::kExperts,
+                  (args.num_tokens + Tile::kTokens - 1) / Tile::kTokens,
+                  RouterLogitSlices(args.num_tokens, args.hidden_size, args.n_routed_experts));
+  constexpr int kShared = static_cast<int>(sizeof(TileShared<Gate, Tile>));
+  const auto kernel = TileLogits<Gate, Tile>;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  if (error != cudaSuccess) return error;
+  return Launch(kernel, {.grid = grid, .block = dim3(kThreads), .shared_bytes = kShared}, stream,
                 args, gate, cut);
 }
 
 template <typename Gate>
 cudaError_t LaunchLogits(const RouterLogitsArgs& args, const Gate* gate, cudaStream_t stream) {
-  if (args.num_tokens <= 8) return LaunchSlices<Gate, 1>(args, gate, stream);
-  if (args.num_tokens <= 64) return LaunchSlices<Gate, 2>(args, gate, stream);
-  if (args.num_tokens <= kMaxSliceTokens) return LaunchSlices<Gate, 4>(args, gate, stream);
-
-  const dim3 grid((args.n_routed_experts + kTileExperts - 1) / kTileExperts,
-                  (args.num_tokens + kTileTokens - 1) / kTileTokens);
-  constexpr int kShared = kStages * static_cast<int>(sizeof(LogitStage<Gate>));
-  const cudaError_t error =
-      cudaFuncSetAttribute(TileLogits<Gate>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-  if (error != cudaSuccess) return error;
-  return Launch(TileLogits<Gate>, {.grid = grid, .block = dim3(kThreads), .shared_bytes = kShared},
-                stream, args, gate, CutOf(args.hidden_size, args.n_routed_experts));
+  const int tokens = args.num_tokens;
+  if (args.n_routed_experts <= kFewExperts) {
+    if (tokens <= 64) return LaunchSlices<1, 1>(args, gate, stream);
+    return LaunchSlices<1, 4, 1>(args, gate, stream);
+  }
+  if (tokens <= 8) return LaunchSlices<1, 1>(args, gate, stream);
+  if (tokens <= 16) return LaunchSlices<1, 2>(args, gate, stream);
+  if constexpr (sizeof(Gate) == 2) {  // an f32 gate takes twice the registers
+    if (tokens <= 32) return LaunchSlices<1, 4>(args, gate, stream);
+    if (tokens <= 64) return LaunchSlices<2, 4>(args, gate, stream);
+    if (tokens <= 256) return LaunchSlices<2, 4, 2>(args, gate, stream);
+    if (tokens > kMaxSliceTokens) return LaunchTiles<Tile<2, 4, 4>>(args, gate, stream);
+  }
+  return LaunchTiles<Tile<2, 2, 4>>(args, gate, stream);
 }
 
 }  // namespace
 
 int RouterLogitSlices(int num_tokens, int hidden_size, int n_routed_experts) {
-  return num_tokens <= kMaxSliceTokens ? CutOf(hidden_size, n_routed_experts).num_slices : 1;
+  const bool slices = num_tokens <= kMaxSliceTokens || n_routed_experts <= kFewExperts;
+  return slices ? CutOf(hidden_size, n_routed_experts).num_slices : 1;
 }
 
 size_t RouterLogitBytes(int max_tokens, int n_routed_experts) {
-  const size_t slices = size_t(std::min(max_tokens, kMaxSliceTokens)) * MaxSlices(n_routed_experts);
-  return std::max(slices, size_t(max_tokens)) * n_routed_experts * sizeof(float);
+  const int slice_tokens =
+      n_routed_experts <= kFewExperts ? max_tokens : std::min(max_tokens, kMaxSliceTokens);
+  const size_t rows = size_t(slice_tokens) * MaxSlices(n_routed_experts);
+  return std::max(rows, size_t(max_tokens)) * n_routed_experts * sizeof(float);
 }
 
 cudaError_t RouterLogits(const RouterLogitsArgs& args, cudaStream_t stream) {

@@ -1,5 +1,5 @@
-// Prints `shape | us | GB/s` for routing, gathering, the bf16 products and the draw, captured in
-// graphs.
+// Times routing, gathering, the bf16 products and the draw, captured in graphs. An argument
+// (routing, products, sampling) chooses one of them.
 
 #include <algorithm>
 #include <cstdio>
@@ -16,9 +16,11 @@
 namespace latentd {
 namespace {
 
+// `bytes` and `flops` that have to be; the bound is an H100's 3.35 TB/s and 989 TFLOP/s.
 void Line(const std::string& shape, double us, double bytes, double flops = 0) {
-  std::printf("%-58s | %8.2f us | %8.1f GB/s | %7.1f TFLOP/s\n", shape.c_str(), us,
-              bytes / us * 1e-3, flops / us * 1e-6);
+  const double bound_us = std::max(bytes / 3.35e6, flops / 989e6);
+  std::printf("%-58s | %8.2f us | %8.1f GB/s | %7.1f TFLOP/s | %5.1f %% of the bound\n",
+              shape.c_str(), us, bytes / us * 1e-3, flops / us * 1e-6, bound_us / us * 100);
 }
 
 std::vector<float> Normals(uint32_t seed, size_t size, float sigma) {

@@ -136,6 +136,14 @@ double Margin(const Shape& shape, const std::vector<double>& choice) {
   return margin;
 }
 
+double Dot(const float* a, const float* b, int n) {  // n is a multiple of 8
+  double sums[8] = {};
+  for (int i = 0; i < n; i += 8) {
+    for (int j = 0; j < 8; ++j) sums[j] += double{a[i + j]} * b[i + j];
+  }
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
 // The choices are the CPU engine's for logits in f64, but where scores tie; then everything that
 // follows from them.
 void Check(const Router& router, const std::vector<float>& x, int num_real, const Local& local,
@@ -149,11 +157,8 @@ void Check(const Router& router, const std::vector<float>& x, int num_real, cons
     std::vector<double> scores(shape.experts), choice(shape.experts);
     std::vector<float> scores_f32(shape.experts);
     for (int e = 0; e < shape.experts; ++e) {
-      double logit = 0;
-      for (int i = 0; i < shape.hidden; ++i) {
-        logit +=
-            double{x[size_t(t) * shape.hidden + i]} * router.gate[size_t(e) * shape.hidden + i];
-      }
+      const double logit =
+          Dot(&x[size_t(t) * shape.hidden], &router.gate[size_t(e) * shape.hidden], shape.hidden);
       scores[e] = 1.0 / (1.0 + std::exp(-logit));
       scores_f32[e] = static_cast<float>(scores[e]);
       choice[e] = scores[e] + router.bias[e];
@@ -224,7 +229,9 @@ TEST_F(RouterTest, IsTheCpus) {
     for (bool f32 : {false, true}) {
       const Router router = RandomRouter(seed += 10, shape, f32);
       for (int tokens : {1, 2, 5, 8, 9, 17, 33, 64, 65, 100, 256, 257}) {
-        if (shape.hidden > 1000 && f32 && tokens > 64) continue;  // time
+        if (shape.hidden > 4000 && (tokens == 2 || tokens == 17 || tokens == 100))
+          continue;  // time
+        if (shape.hidden > 4000 && f32 && tokens > 65) continue;
         SCOPED_TRACE(testing::Message() << shape.experts << " experts, hidden " << shape.hidden
                                         << ", f32 " << f32 << ", tokens " << tokens);
         const std::vector<float> x =
