@@ -30,7 +30,6 @@ class Walk {
       const MlaPrefillSequence& s = sequences[sequence];
       seen_[i].assign(s.num_keys - s.num_queries + query + 1, 0);
     }
-    block_begins_.clear();
     for (const MlaPrefillSequence& s : sequences) block_begins_.push_back(s.block_begin);
     for (const MlaPrefillPart& part : plan.parts) Visit(part);
   }
