@@ -19,7 +19,7 @@ namespace {
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kStepK = 32;  // of hidden_size, two steps of the tensor cores
 constexpr int kChunksOfSlice = kWarps;
-constexpr int kMaxSliceTokens = 1024;  // up to here slices are apart
+constexpr int kMaxSliceTokens = 2048;  // up to here slices are apart
 constexpr int kFewExperts = 32;        // with so few, always
 
 int MaxSlices(int n_routed_experts) {

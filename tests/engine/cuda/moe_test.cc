@@ -265,7 +265,7 @@ TEST_F(RouterTest, ATokensWeightsDoNotDependOnTheOthers) {
     for (bool f32 : {false, true}) {
       const Router router = RandomRouter(5, shape, f32);
       const Local local = {.num_experts = shape.experts};
-      constexpr int kTokens = 1100;
+      constexpr int kTokens = 2100;  // more than slices are apart for
       const std::vector<float> x = RandomValues(6, size_t(kTokens) * shape.hidden, 1.0f, true);
       const Routed all = RouteOnGpu(router, x, kTokens, local);
       for (int tokens : {1, 3, 16, 30, 64, 200, 700}) {
@@ -288,7 +288,7 @@ TEST_F(RouterTest, ATokensWeightsDoNotDependOnTheOthers) {
 
 TEST_F(RouterTest, ManyTokens) {
   for (const Shape& shape : {Shape{256, 8, 4, 8, 512}, Shape{16, 1, 1, 8, 256}}) {
-    for (int tokens : {1024, 1025, 8192}) {
+    for (int tokens : {1024, 1025, 2048, 2049, 8192}) {
       const Router router = RandomRouter(8, shape, false);
       const std::vector<float> x = RandomValues(9, size_t(tokens) * shape.hidden, 1.0f, true);
       const Local local = {.num_experts = shape.experts == 16 ? 16 : 32, .num_shared = 1};
