@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <climits>
+#include <cmath>
 
 #include "engine/cuda/kernels/fp8_gemm.h"
 #include "engine/cuda/kernels/fp8_gemm_kernel.cuh"
@@ -17,8 +18,10 @@ using fp8_gemm::Params;
 
 constexpr size_t kCounterBytes = kMaxCounters * sizeof(uint32_t);
 constexpr size_t kPartialBytes = size_t{16} << 20;
-constexpr int kMaxSegments = 16;
-constexpr int kMaxStages = 16;
+constexpr int kMaxSegments = 8;
+// Deep rings take in more of a matrix while the kernel before still runs; many groups stream a
+// little faster from shallow ones.
+constexpr int kStagesDense = 12, kStagesGrouped = 6;
 constexpr int kSharedBytes = 227 * 1024;  // what a block may have on sm_90
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
@@ -66,9 +69,10 @@ bool Valid(const Fp8GemmArgs& args) {
          w.scale_stride % 4 == 0 && w.scale_stride >= w.k / kTileK &&
          (!args.swiglu || w.n % (2 * kQuantGroup) == 0) && args.x.data != nullptr &&
          args.x.scales != nullptr && args.x.scale_stride % 4 == 0 &&
-         args.x.scale_stride >= args.num_rows && args.out != nullptr && args.out_stride % 8 == 0 &&
-         args.out_stride >= out_columns && Aligned16(w.fp8) && Aligned16(w.scales) &&
-         Aligned16(args.x.data) && Aligned16(args.x.scales) && Aligned16(args.out);
+         args.x.scale_stride >= args.num_rows && args.out != nullptr && args.workspace != nullptr &&
+         args.out_stride % 8 == 0 && args.out_stride >= out_columns && Aligned16(w.fp8) &&
+         Aligned16(w.scales) && Aligned16(args.x.data) && Aligned16(args.x.scales) &&
+         Aligned16(args.out);
 }
 
 // Segments of k (fp8_gemm_kernel.cuh): as many as let the tiles of all groups, with one tile of
@@ -78,11 +82,15 @@ int ChooseSegments(const WeightMatrix& w, int blocks) {
   const int tiles = (w.n + kTileM - 1) / kTileM * w.num_groups;
   const int rest = tiles % blocks;
   int best = 1, best_cost = INT_MAX;
-  for (int segments = 1; segments <= std::min(k_blocks, kMaxSegments); ++segments) {
+  // With many tiles the last wave is a small part, and more segments cost all of them.
+  const int most = std::min(k_blocks, tiles < blocks ? kMaxSegments : 2);
+  for (int segments = 1; segments <= most; ++segments) {
+    // In tenths of the time of a stage on all multiprocessors. The last wave reads the rest of the
+    // weights, no faster than a multiprocessor can alone; sums cost time to meet.
     const int pieces = (rest * segments + blocks - 1) / blocks;
-    // In quarters of a stage. Two stages for the sums to meet, half a stage for each sum.
-    const int cost = 4 * std::min(k_blocks, pieces * ((k_blocks + segments - 1) / segments)) +
-                     (segments > 1 ? 8 + 2 * segments : 0);
+    const int longest = std::min(k_blocks, pieces * ((k_blocks + segments - 1) / segments));
+    const int cost = std::max(10 * rest * k_blocks / blocks, (tiles < blocks ? 7 : 5) * longest) +
+                     (segments > 1 ? 30 * pieces + (tiles < blocks ? 5 : 10) * segments : 0);
     if (cost < best_cost) best = segments, best_cost = cost;
   }
   return best;
@@ -95,9 +103,10 @@ int RowsPerGroup(const Fp8GemmArgs& args) {
 
 int ChooseRowTile(const Fp8GemmArgs& args) {
   int rows = RowsPerGroup(args);
-  // Groups are uneven, a tile that the average would fill would be one too few for half of them;
-  // and their first tile may begin up to three rows before them.
-  if (args.group_offsets != nullptr) rows += rows / 2 + 3;
+  // Groups are uneven: three standard deviations, were rows thrown at random. And their first tile
+  // may begin up to three rows before them.
+  if (args.group_offsets != nullptr)
+    rows += 3 + static_cast<int>(3 * std::sqrt(static_cast<float>(rows)));
   for (int tile : {8, 16, 32, 64}) {
     if (rows <= tile) return tile;
   }
@@ -110,7 +119,9 @@ cudaError_t LaunchKernel(const Fp8GemmArgs& args, Params params, int blocks,
   using L = fp8_gemm::Layout<kRows>;
   const WeightMatrix& w = args.weight;
   const int fixed_bytes = L(0, w.num_groups).total;
-  params.stages = std::min(tuning.stages > 0 ? tuning.stages : kMaxStages,
+  params.stages = std::min(tuning.stages > 0               ? std::max(tuning.stages, 2)
+                           : args.group_offsets != nullptr ? kStagesGrouped
+                                                           : kStagesDense,
                            (kSharedBytes - fixed_bytes) / L::kStageBytes);
   const int rows_per_group = RowsPerGroup(args);
   // With fewer rows many groups are empty, and with more the first tiles are not those of the first
@@ -120,9 +131,11 @@ cudaError_t LaunchKernel(const Fp8GemmArgs& args, Params params, int blocks,
   if (tuning.guess_blocks >= 0)
     params.guess_blocks = std::min(params.k_blocks, tuning.guess_blocks);
   params.m_tiles = (w.n + kTileM * kCluster - 1) / (kTileM * kCluster);
+  params.partials = reinterpret_cast<float4*>(args.workspace + kCounterBytes);
   params.max_partials =
       static_cast<int>(kPartialBytes / (kRows * kTileM * kCluster * sizeof(float)));
-  if (args.workspace == nullptr) params.max_partials = 0;
+  // Read once, unless the tiles of other rows soon read it again.
+  params.weight_policy = rows_per_group <= kRows ? CachePolicy::kEvictFirst : CachePolicy::kNormal;
 
   CUtensorMap weight_map, x_map, x_scale_map;
   const auto n = static_cast<cuuint64_t>(w.n), k = static_cast<cuuint64_t>(w.k);
@@ -193,7 +206,6 @@ cudaError_t Fp8Gemm(const Fp8GemmArgs& args, const Fp8GemmTuning& tuning, cudaSt
   params.out = args.out;
   params.out_stride = args.out_stride;
   params.counters = reinterpret_cast<uint32_t*>(args.workspace);
-  params.partials = reinterpret_cast<float4*>(args.workspace + kCounterBytes);
   switch (tuning.row_tile > 0 ? tuning.row_tile : ChooseRowTile(args)) {
     case 8:
       return LaunchTile<8>(args, params, blocks, tuning, stream);
@@ -205,7 +217,7 @@ cudaError_t Fp8Gemm(const Fp8GemmArgs& args, const Fp8GemmTuning& tuning, cudaSt
       return LaunchTile<64>(args, params, blocks, tuning, stream);
     case 128:
       return tuning.cluster == 2 ? LaunchTile<128, 2>(args, params, blocks, tuning, stream)
-                                 : LaunchTile<128>(args, params, blocks, tuning, stream);
+                                 : LaunchTile<128, 1>(args, params, blocks, tuning, stream);
     default:
       return cudaErrorInvalidValue;
   }

@@ -32,7 +32,7 @@ struct Fp8GemmArgs {
   bool swiglu = false;
 
   // Fp8GemmWorkspaceBytes(), zeroed once before the first use. One call at a time may use it: calls
-  // of a stream may share it. nullptr: the last tiles are not shared out among the multiprocessors.
+  // of a stream may share it.
   std::byte* workspace = nullptr;
 };
 
@@ -43,7 +43,7 @@ cudaError_t Fp8Gemm(const Fp8GemmArgs& args, cudaStream_t stream);
 // What Fp8Gemm() chooses from the shape, for tests and benchmarks. 0: the choice.
 struct Fp8GemmTuning {
   int row_tile = 0;       // rows of x a tile: 8, 16, 32, 64 or 128
-  int stages = 0;         // at most, of the ring in shared memory
+  int stages = 0;         // at most, of the ring in shared memory; 2 or more
   int segments = 0;       // of k, that sums are grouped into; others give other bits
   int cluster = 0;        // thread blocks that share a tile of x: 1 or 2, with tiles of 128
   int guess_blocks = -1;  // of 128 of k, prefetched before the groups are known; -1: the choice

@@ -10,10 +10,10 @@
 #include "engine/cuda/kernels/wgmma_fp8.cuh"
 
 // The kernel behind fp8_gemm.h. A tile is 128 rows of a weight by kRows rows of x ("tokens"), all
-// of k. A thread block, one a multiprocessor, works through tiles: a producer thread fills a ring
-// of stages (128 of k: weights, x and their scales) by TMA, two warpgroups multiply 64 weight rows
-// each. With kCluster 2 the blocks of a pair take neighbouring tiles of weights and the same of x,
-// of which each loads one half for both: half of what many rows would read from L2.
+// of k. A thread block, one a multiprocessor, works through tiles: two threads, one for weights and
+// one for x and its scales, fill a ring of stages (128 of k) by TMA, two warpgroups multiply 64
+// weight rows each. With kCluster 2 the blocks of a pair take neighbouring tiles of weights and the
+// same of x, of which each loads one half for both: half of what many rows would read from L2.
 //
 // Order of sums. k is cut into `segments`, the same for every tile of a shape. Within a segment the
 // products of 128 of k leave the tensor cores, are scaled and added in f32 one after the other;
@@ -27,8 +27,8 @@ inline constexpr int kTileK = 128;
 inline constexpr int kMathThreads = 256;
 inline constexpr int kThreads = kMathThreads + 128;
 inline constexpr int kMaxGroups = 512;
-inline constexpr int kTokenTilesTogether =
-    16;  // tiles of x that pass over the same weights before the next ones come
+// Tiles of x that pass over the same weights before the next ones come.
+inline constexpr int kTokenTilesTogether = 16;
 inline constexpr int kMaxCounters = 1024;
 
 struct Params {
@@ -43,6 +43,7 @@ struct Params {
   int m_tiles;  // of kCluster tiles each
   int segments;
   int stages;
+  CachePolicy weight_policy;
   int guess_blocks;  // of k, of the tile that a grouped call begins with if no group is empty
   __nv_bfloat16* out;
   int64_t out_stride;
@@ -58,21 +59,18 @@ struct Layout {
   static constexpr int kXBytes = kRows * kTileK;
   static constexpr int kXScaleBytes = kRows * 4;
   static constexpr int kXScalePitch = kRows * 4 < 128 ? 128 : kRows * 4;
-  static constexpr int kWeightScaleBytes = 16;  // four of them: the least that a bulk copy moves
-  static constexpr int kOutPitch =
-      64 * 2 + 16;  // of a token: 64 features; the rest keeps off bank conflicts
-  static constexpr int kStageBytes =
-      kWeightBytes + kXBytes + kXScalePitch + 2 * kWeightScaleBytes + 2 * 8;
+  // Of a token: 64 features; the rest keeps off bank conflicts.
+  static constexpr int kOutPitch = 64 * 2 + 16;
+  static constexpr int kStageBytes = kWeightBytes + kXBytes + kXScalePitch + 2 * 8;
   static constexpr int kOutBytes = 2 * kRows * kOutPitch;
 
-  int x, x_scales, weight_scales, out, full, empty, counts, groups, total;
+  int x, x_scales, out, full, empty, counts, groups, total;
 
   __host__ __device__ Layout(int stages, int num_groups) {
     x = stages * kWeightBytes;
     x_scales = x + stages * kXBytes;
     out = x_scales + stages * kXScalePitch;
-    weight_scales = out + kOutBytes;
-    full = weight_scales + stages * 2 * kWeightScaleBytes;
+    full = out + kOutBytes;
     empty = full + stages * 8;
     counts = empty + stages * 8;
     groups = counts + 2 * 4;
@@ -99,7 +97,7 @@ template <int kRows, int kCluster>
 class Walk {
  public:
   // tile_begin, row_begin [num_groups + 1]: where each group's tiles and rows begin.
-  __device__ Walk(const Params& params, const int* tile_begin, const int* row_begin)
+  __device__ __forceinline__ Walk(const Params& params, const int* tile_begin, const int* row_begin)
       : params_(params),
         tile_begin_(tile_begin),
         row_begin_(row_begin),
@@ -115,7 +113,7 @@ class Walk {
     whole_tiles_ = split ? num_tiles_ - rest : num_tiles_;
   }
 
-  __device__ bool Next(Work& work) {
+  __device__ __forceinline__ bool Next(Work& work) {
     int tile = unit_;
     work.segment_begin = 0;
     work.segment_end = params_.segments;
@@ -147,7 +145,7 @@ class Walk {
     return true;
   }
 
-  __device__ int FirstBlock(int segment) const {
+  __device__ __forceinline__ int FirstBlock(int segment) const {
     return segment * params_.k_blocks / params_.segments;
   }
 
@@ -162,7 +160,7 @@ class Walk {
 
 // Fills tile_begin and row_begin. One warp.
 template <int kRows>
-__device__ void FindGroups(const Params& p, int* tile_begin, int* row_begin) {
+__device__ __forceinline__ void FindGroups(const Params& p, int* tile_begin, int* row_begin) {
   const int lane = threadIdx.x % 32;
   int tiles = 0;
   if (p.group_offsets == nullptr) {
@@ -193,85 +191,72 @@ __device__ void FindGroups(const Params& p, int* tile_begin, int* row_begin) {
   if (lane == 0) tile_begin[0] = 0;
 }
 
-// One thread.
-template <int kRows, bool kSwiglu, int kCluster>
-__device__ void Produce(const Params& p, const CUtensorMap& weight_map, const CUtensorMap& x_map,
-                        const CUtensorMap& x_scale_map, uint32_t shared, const Layout<kRows>& at,
-                        const int* tile_begin, const int* row_begin) {
-  using L = Layout<kRows>;
-  constexpr uint32_t kBytes =
-      L::kWeightBytes + L::kXBytes + L::kXScaleBytes + (kSwiglu ? 2 : 1) * L::kWeightScaleBytes;
-  auto load_weights = [&](const Work& work, int block, int stage) {
-    const uint32_t full = shared + at.full + stage * 8;
-    MbarrierArriveExpect(full, kBytes);
-    TmaLoad3d(shared + stage * L::kWeightBytes, &weight_map, full, block * kTileK,
-              work.m_tile * kTileM, work.group);
-    // SwiGLU: 64 rows of gate and 64 of up, whose blocks of 128 are apart.
-    const int scale_row = kSwiglu ? work.m_tile / 2 : work.m_tile;
-    const float* scales = p.weight_scales +
-                          (static_cast<int64_t>(work.group) * p.weight_scale_rows + scale_row) *
-                              p.weight_scale_stride +
-                          (block & ~3);
-    const uint32_t to = shared + at.weight_scales + stage * 2 * L::kWeightScaleBytes;
-    BulkLoad(to, scales, L::kWeightScaleBytes, full);
-    if constexpr (kSwiglu) {
-      scales += static_cast<int64_t>(p.weight_scale_rows / 2) * p.weight_scale_stride;
-      BulkLoad(to + L::kWeightScaleBytes, scales, L::kWeightScaleBytes, full);
-    }
-  };
-  auto load_x = [&](const Work& work, int block, int stage) {
-    const uint32_t full = shared + at.full + stage * 8;
-    if constexpr (kCluster == 1) {
-      TmaLoad2d(shared + at.x + stage * L::kXBytes, &x_map, full, block * kTileK, work.row);
-    } else {
-      const int part = static_cast<int>(blockIdx.x % kCluster);
-      TmaLoad2dMulticast(shared + at.x + stage * L::kXBytes + part * (L::kXBytes / kCluster),
-                         &x_map, full, block * kTileK, work.row + part * (kRows / kCluster),
-                         (1 << kCluster) - 1);
-    }
-    TmaLoad2d(shared + at.x_scales + stage * L::kXScalePitch, &x_scale_map, full, work.row, block);
-  };
-
-  // Weights are constant: the first stages' come while the previous kernel still runs.
-  {
-    Walk<kRows, kCluster> walk(p, tile_begin, row_begin);
-    Work work;
-    int stage = 0;
-    while (stage < p.stages && walk.Next(work)) {
-      const int end = walk.FirstBlock(work.segment_end);
-      for (int block = walk.FirstBlock(work.segment_begin); block < end && stage < p.stages;
-           ++block, ++stage)
-        load_weights(work, block, stage);
-    }
-  }
-  WaitForPrevious();
+// Calls load(work, block, stage) for each 128 of k of this block's work, once its stage is free.
+template <int kRows, int kCluster, typename Load>
+__device__ __forceinline__ void Produce(const Params& p, uint32_t empty, const int* tile_begin,
+                                        const int* row_begin, Load load) {
   Walk<kRows, kCluster> walk(p, tile_begin, row_begin);
   Work work;
   int stage = 0;
   uint32_t parity = 1;
-  bool first_round = true;
   while (walk.Next(work)) {
     const int end = walk.FirstBlock(work.segment_end);
     for (int block = walk.FirstBlock(work.segment_begin); block < end; ++block) {
-      if (!first_round) {
-        MbarrierWait(shared + at.empty + stage * 8, parity);
-        load_weights(work, block, stage);
-      }
-      load_x(work, block, stage);
+      MbarrierWait(empty + stage * 8, parity);
+      load(work, block, stage);
       if (++stage == p.stages) {
         stage = 0;
         parity ^= 1;
-        first_round = false;
       }
     }
   }
 }
 
+// One thread. Weights are constant: they come while the previous kernel still runs.
+template <int kRows, int kCluster>
+__device__ __forceinline__ void ProduceWeights(const Params& p, const CUtensorMap& weight_map,
+                                               uint32_t shared, const Layout<kRows>& at,
+                                               const int* tile_begin, const int* row_begin) {
+  using L = Layout<kRows>;
+  Produce<kRows, kCluster>(
+      p, shared + at.empty, tile_begin, row_begin, [&](const Work& work, int block, int stage) {
+        const uint32_t full = shared + at.full + stage * 8;
+        MbarrierArriveExpect(full, L::kWeightBytes + L::kXBytes + L::kXScaleBytes);
+        TmaLoad3d(shared + stage * L::kWeightBytes, &weight_map, full, block * kTileK,
+                  work.m_tile * kTileM, work.group, p.weight_policy);
+      });
+}
+
+// One thread.
+template <int kRows, int kCluster>
+__device__ __forceinline__ void ProduceX(const Params& p, const CUtensorMap& x_map,
+                                         const CUtensorMap& x_scale_map, uint32_t shared,
+                                         const Layout<kRows>& at, const int* tile_begin,
+                                         const int* row_begin) {
+  using L = Layout<kRows>;
+  WaitForPrevious();
+  Produce<kRows, kCluster>(
+      p, shared + at.empty, tile_begin, row_begin, [&](const Work& work, int block, int stage) {
+        const uint32_t full = shared + at.full + stage * 8;
+        const uint32_t to = shared + at.x + stage * L::kXBytes;
+        if constexpr (kCluster == 1) {
+          TmaLoad2d(to, &x_map, full, block * kTileK, work.row);
+        } else {
+          const int part = static_cast<int>(blockIdx.x % kCluster);
+          TmaLoad2dMulticast(to + part * (L::kXBytes / kCluster), &x_map, full, block * kTileK,
+                             work.row + part * (kRows / kCluster), (1 << kCluster) - 1);
+        }
+        TmaLoad2d(shared + at.x_scales + stage * L::kXScalePitch, &x_scale_map, full, work.row,
+                  block);
+      });
+}
+
 // Sums of a tile's segments computed by several blocks. Each stores its own; true for the one that
 // comes last, with the whole sum in `sum`. One warpgroup, half a tile.
 template <int kRows, int kCluster>
-__device__ bool SumSegments(const Params& p, const Work& work, int half, int thread,
-                            float (&sum)[kRows / 2], volatile uint32_t* shared_count) {
+__device__ __forceinline__ bool SumSegments(const Params& p, const Work& work, int half, int thread,
+                                            float (&sum)[kRows / 2],
+                                            volatile uint32_t* shared_count) {
   constexpr int kVectors = kRows / 8;
   const int split = work.split * kCluster + static_cast<int>(blockIdx.x % kCluster);
   auto address = [&](int segment, int i) {
@@ -282,24 +267,34 @@ __device__ bool SumSegments(const Params& p, const Work& work, int half, int thr
   for (int i = 0; i < kVectors; ++i)
     __stcg(address(work.segment_begin, i),
            make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]));
-  __threadfence();
   NamedBarrier(1 + half, 128);
   uint32_t* counter = p.counters + split * 2 + half;
-  if (thread == 0) *shared_count = atomicAdd(counter, 1);
+  if (thread == 0) {
+    *shared_count = AtomicAddAcquireRelease(counter, 1);
+    if (*shared_count == static_cast<uint32_t>(p.segments - 1)) *counter = 0;
+  }
   NamedBarrier(1 + half, 128);
   if (*shared_count != static_cast<uint32_t>(p.segments - 1)) return false;
-  __threadfence();
-  if (thread == 0) *counter = 0;
+  // Many loads under way together: several segments' or many of one.
+  constexpr int kTogether = kVectors >= 16 ? 1 : 16 / kVectors;
+  constexpr int kLoads = kVectors > 8 ? 8 : kVectors;
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const float4 v = __ldcg(address(0, i));
-    sum[4 * i] = v.x, sum[4 * i + 1] = v.y, sum[4 * i + 2] = v.z, sum[4 * i + 3] = v.w;
-  }
-  for (int segment = 1; segment < p.segments; ++segment) {
+  for (int i = 0; i < kRows / 2; ++i) sum[i] = 0;
+  for (int first = 0; first < p.segments; first += kTogether) {
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const float4 v = __ldcg(address(segment, i));
-      sum[4 * i] += v.x, sum[4 * i + 1] += v.y, sum[4 * i + 2] += v.z, sum[4 * i + 3] += v.w;
+    for (int i = 0; i < kVectors; i += kLoads) {
+      float4 v[kTogether][kLoads];
+#pragma unroll
+      for (int j = 0; j < kTogether * kLoads; ++j)
+        v[j / kLoads][j % kLoads] = first + j / kLoads < p.segments
+                                        ? __ldcg(address(first + j / kLoads, i + j % kLoads))
+                                        : make_float4(0, 0, 0, 0);
+#pragma unroll
+      for (int j = 0; j < kTogether * kLoads; ++j) {
+        const float4 add = v[j / kLoads][j % kLoads];
+        float* to = sum + 4 * (i + j % kLoads);
+        to[0] += add.x, to[1] += add.y, to[2] += add.z, to[3] += add.w;
+      }
     }
   }
   return true;
@@ -316,8 +311,8 @@ __device__ __forceinline__ float SiluTimes(float gate, float up) {
 // Half a tile of sums to bf16 rows of `out`, through shared memory so that stores are 16 bytes a
 // thread.
 template <int kRows, bool kSwiglu>
-__device__ void Store(const Params& p, const Work& work, int half, int thread,
-                      const float (&sum)[kRows / 2], unsigned char* staging) {
+__device__ __forceinline__ void Store(const Params& p, const Work& work, int half, int thread,
+                                      const float (&sum)[kRows / 2], unsigned char* staging) {
   using L = Layout<kRows>;
   constexpr int kFeatures = kSwiglu ? 32 : 64;  // of half a tile
   const int lane = thread % 32, warp = thread / 32;
@@ -347,8 +342,9 @@ __device__ void Store(const Params& p, const Work& work, int half, int thread,
 
 // One warpgroup: `half` of each tile's weight rows.
 template <int kRows, bool kSwiglu, int kCluster>
-__device__ void Multiply(const Params& p, unsigned char* shared, const Layout<kRows>& at,
-                         const int* tile_begin, const int* row_begin, int half) {
+__device__ __forceinline__ void Multiply(const Params& p, unsigned char* shared,
+                                         const Layout<kRows>& at, const int* tile_begin,
+                                         const int* row_begin, int half) {
   using L = Layout<kRows>;
   const int thread = threadIdx.x % 128, lane = thread % 32;
   const uint32_t base = SharedAddress(shared);
@@ -359,9 +355,18 @@ __device__ void Multiply(const Params& p, unsigned char* shared, const Layout<kR
   Walk<kRows, kCluster> walk(p, tile_begin, row_begin);
   Work work;
   while (walk.Next(work)) {
-    float total[kRows / 2];
+    // SwiGLU: 64 rows of gate and 64 of up, whose blocks of 128 are apart. The last block of a
+    // cluster may have no rows of the weights.
+    const int scale_row = min(kSwiglu ? work.m_tile / 2 : work.m_tile, p.weight_scale_rows - 1);
+    const float* low_scales =
+        p.weight_scales + (static_cast<int64_t>(work.group) * p.weight_scale_rows + scale_row) *
+                              p.weight_scale_stride;
+    const float* high_scales =
+        low_scales + static_cast<int64_t>(p.weight_scale_rows / 2) * p.weight_scale_stride;
+    float sum[kRows / 2], total[kRows / 2];
     for (int segment = work.segment_begin; segment < work.segment_end; ++segment) {
-      float sum[kRows / 2] = {};
+#pragma unroll
+      for (int i = 0; i < kRows / 2; ++i) sum[i] = 0;
       const int end = walk.FirstBlock(segment + 1);
       for (int block = walk.FirstBlock(segment); block < end; ++block) {
         MbarrierWait(base + at.full + stage * 8, parity);
@@ -374,12 +379,8 @@ __device__ void Multiply(const Params& p, unsigned char* shared, const Layout<kR
         for (int i = 0; i < kTileK / 32; ++i)
           WgmmaFp8<kRows>::Run(products, a + i * 2, b + i * 2, i != 0);
         WgmmaCommit();
-        const float* weight_scale =
-            reinterpret_cast<const float*>(shared + at.weight_scales +
-                                           stage * 2 * L::kWeightScaleBytes) +
-            block % 4;
-        const float low_scale = weight_scale[0];
-        const float high_scale = kSwiglu ? weight_scale[4] : low_scale;
+        const float low_scale = __ldg(low_scales + block);
+        const float high_scale = kSwiglu ? __ldg(high_scales + block) : low_scale;
         const float2* x_scale =
             reinterpret_cast<const float2*>(shared + at.x_scales + stage * L::kXScalePitch) +
             lane % 4;
@@ -461,8 +462,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warp >= kMathThreads / 32) {
     RegistersDown<40>();
     if (threadIdx.x == kMathThreads) {
-      Produce<kRows, kSwiglu, kCluster>(params, weight_map, x_map, x_scale_map,
-                                        SharedAddress(shared), at, tile_begin, row_begin);
+      ProduceWeights<kRows, kCluster>(params, weight_map, SharedAddress(shared), at, tile_begin,
+                                      row_begin);
+    } else if (threadIdx.x == kMathThreads + 32) {
+      ProduceX<kRows, kCluster>(params, x_map, x_scale_map, SharedAddress(shared), at, tile_begin,
+                                row_begin);
     } else {
       WaitForPrevious();
     }

@@ -32,7 +32,7 @@ __device__ __forceinline__ void MbarrierArrive(uint32_t barrier) {
 __device__ __forceinline__ void MbarrierArriveRemote(uint32_t barrier, uint32_t cluster_rank) {
   asm volatile(
       "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; "
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote]; }" ::"r"(barrier),
+      "mbarrier.arrive.shared::cluster.b64 _, [remote]; }" ::"r"(barrier),
       "r"(cluster_rank)
       : "memory");
 }
@@ -69,12 +69,17 @@ __device__ __forceinline__ void TmaLoad2d(uint32_t to, const CUtensorMap* map, u
       "l"(map), "r"(barrier), "r"(x), "r"(y)
       : "memory");
 }
+// `policy`: how the L2 cache treats what is loaded.
+enum class CachePolicy : uint64_t {
+  kNormal = 0x1000000000000000,
+  kEvictFirst = 0x12f0000000000000
+};
 __device__ __forceinline__ void TmaLoad3d(uint32_t to, const CUtensorMap* map, uint32_t barrier,
-                                          int x, int y, int z) {
+                                          int x, int y, int z, CachePolicy policy) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
-      "%4, %5}], [%2];" ::"r"(to),
-      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "l"(static_cast<uint64_t>(policy))
       : "memory");
 }
 // Into the L2 cache alone.
@@ -103,6 +108,18 @@ __device__ __forceinline__ void BulkLoad(uint32_t to, const void* from, uint32_t
           "r"(to),
       "l"(from), "r"(bytes), "r"(barrier)
       : "memory");
+}
+
+// --- Among thread blocks of the grid: what the threads of this block wrote before a barrier that
+// this thread passed is seen by those that, in another block, pass a barrier after this thread's
+// peer there got its value.
+__device__ __forceinline__ uint32_t AtomicAddAcquireRelease(uint32_t* counter, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(value)
+               : "memory");
+  return before;
 }
 
 // --- Clusters of thread blocks.

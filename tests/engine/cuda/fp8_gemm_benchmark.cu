@@ -67,8 +67,8 @@ class Bench {
     const double bound = std::max(flops / kFlops, weight_bytes / kBytesPerSecond) * 1e6;
     std::printf(
         "%-8s %5dx%-5d groups %2d rows %5d %s tile %3d x%d stages %2d seg %2d guess %2d | %8.1f us "
-        "| %6.0f "
-        "TFLOP/s | %5.0f GB/s | %3.0f %%\n",
+        "| "
+        "%6.0f TFLOP/s | %5.0f GB/s | %3.0f %%\n",
         name, n, k, groups, rows[0], swiglu ? "swiglu" : "      ", tuning.row_tile, tuning.cluster,
         tuning.stages, tuning.segments, tuning.guess_blocks, us, flops / us * 1e-6,
         weight_bytes / us * 1e-3, 100 * bound / us);
@@ -113,7 +113,7 @@ void Main(const std::vector<std::string>& arguments) {
   };
   const bool tiles = wanted("tiles");
   const bool all = !wanted("experts") && !wanted("linears") && !wanted("prefill") &&
-                   !wanted("cluster") && !wanted("variants");
+                   !wanted("cluster") && !wanted("variants") && !wanted("brief");
   Bench bench;
   if (all || wanted("experts")) {
     for (const Case& c : kExperts) {
@@ -137,26 +137,48 @@ void Main(const std::vector<std::string>& arguments) {
       }
     }
   }
+  if (wanted("brief")) {
+    for (int tile : {64, 128}) {
+      for (int cluster : {1, 2}) {
+        bench.Run("o", 7168, 16384, {4096}, false, {tile, 0, 0, cluster});
+        bench.Run("down", 7168, 2048, std::vector<int>(17, 1024), false, {tile, 0, 0, cluster});
+        bench.Run("gate_up", 4096, 7168, std::vector<int>(17, 1024), true, {tile, 0, 0, cluster});
+        bench.Run("o", 7168, 16384, {4096}, false, {tile, 3, 0, cluster});
+      }
+    }
+    bench.Run("o", 7168, 16384, {8}, false, {8, 0, 1, 1});
+    bench.Run("gate_up", 4096, 7168, std::vector<int>(17, 8), true, {});
+  }
   if (wanted("variants")) {
     std::vector<Fp8GemmTuning> tunings = {{}};
-    for (int stages : {4, 6, 8}) tunings.push_back({0, stages});
-    for (int segments : {1, 2, 4, 7, 8, 14}) tunings.push_back({0, 0, segments});
+    for (int stages : {6, 12}) tunings.push_back({0, stages});
+    for (int segments : {1, 2, 3, 4}) tunings.push_back({0, 0, segments});
     tunings.push_back({0, 0, 0, 0, 0});
     for (const Fp8GemmTuning& t : tunings) {
       for (const Case& c : kExperts)
         bench.Run(c.name, c.n, c.k, std::vector<int>(17, 8), c.swiglu, t);
       for (const Case& c : kLinears) bench.Run(c.name, c.n, c.k, {8}, c.swiglu, t);
     }
+    const std::vector<Fp8GemmTuning> wide = {{32}, {64}, {128, 0, 0, 1}, {128, 0, 0, 2}};
+    for (const Fp8GemmTuning& t : wide) {
+      for (int rows : {32, 64, 128, 256}) {
+        for (const Case& c : kExperts)
+          bench.Run(c.name, c.n, c.k, std::vector<int>(17, rows), c.swiglu, t);
+        for (const Case& c : kLinears) bench.Run(c.name, c.n, c.k, {rows}, c.swiglu, t);
+      }
+    }
   }
   if (wanted("cluster")) {
-    for (int cluster : {1, 2}) {
-      for (const Case& c : kExperts) {
-        for (int rows : {256, 1024, 4096})
-          bench.Run(c.name, c.n, c.k, std::vector<int>(17, rows), c.swiglu, {128, 0, 0, cluster});
+    for (int tile : {64, 128})
+      for (int cluster : {1, 2}) {
+        for (const Case& c : kExperts) {
+          for (int rows : {64, 128, 256, 1024, 4096})
+            bench.Run(c.name, c.n, c.k, std::vector<int>(17, rows), c.swiglu,
+                      {tile, 0, 0, cluster});
+        }
+        for (const Case& c : kLinears)
+          bench.Run(c.name, c.n, c.k, {4096}, c.swiglu, {tile, 0, 0, cluster});
       }
-      for (const Case& c : kLinears)
-        bench.Run(c.name, c.n, c.k, {4096}, c.swiglu, {128, 0, 0, cluster});
-    }
   }
   if (all || wanted("prefill")) {
     for (const Case& c : kExperts) {
