@@ -1,7 +1,6 @@
 #include <cuda.h>
 
 #include <algorithm>
-#include <cstdio>
 
 #include "engine/cuda/kernels/launch.cuh"
 #include "engine/cuda/kernels/mla_decode.h"
@@ -22,49 +21,6 @@
 //
 // Rows' maxima are raised only when they have grown by more than 2^kMaxSlack: P stays far from
 // bf16's and f32's limits, and O is seldom rescaled.
-#ifndef V_REGS
-#define V_REGS 1
-#endif
-#ifndef V_QKFIRST
-#define V_QKFIRST 0
-#endif
-#ifndef V_CLUSTER
-#define V_CLUSTER 0
-#endif
-#ifndef V_PREFETCH
-#define V_PREFETCH 0
-#endif
-#ifndef V_LAST
-#define V_LAST 3
-#endif
-#ifndef V_TIME
-#define V_TIME 0
-#endif
-#ifndef V_MULTICAST
-#define V_MULTICAST 0
-#endif
-#if V_TIME
-#define TIMER          \
-  uint32_t tm[4] = {}; \
-  uint32_t tm_last = clock();
-#define TIMES , uint32_t(&tm)[4], uint32_t& tm_last
-#define PASS , tm, tm_last
-#define TICK(i)                   \
-  {                               \
-    const uint32_t now = clock(); \
-    tm[i] += now - tm_last;       \
-    tm_last = now;                \
-  }
-#define TPRINT(name)                              \
-  if (blockIdx.x == 40 && threadIdx.x % 128 == 0) \
-    printf("%s %u %u %u %u\n", name, tm[0], tm[1], tm[2], tm[3]);
-#else
-#define TIMER
-#define TIMES
-#define PASS
-#define TICK(i)
-#define TPRINT(name)
-#endif
 namespace latentd {
 namespace {
 
@@ -75,7 +31,7 @@ constexpr int kValueDim = kMlaValueDim;
 constexpr int kTiles = kKeyDim / 64;
 constexpr int kValueTiles = kValueDim / 64;
 constexpr int kTileBytes = 64 * 128;
-constexpr int kRegisterTiles = V_REGS;  // of the queries, the last ones
+constexpr int kRegisterTiles = 1;  // of the queries, the last ones
 constexpr int kWarpgroup = 128;
 constexpr float kMaxSlack = 8.f;
 
@@ -94,7 +50,7 @@ constexpr int kValuesBarrier = 2;
 // the right half 1 and 3, in the order in which they come and are free again.
 constexpr int kQuarterTiles = kValueTiles / 4;
 constexpr int kQuarters = 4;
-constexpr int kQuarterSlots = V_REGS >= 5 ? 10 : 8;
+constexpr int kQuarterSlots = 8;
 constexpr int kRopeSlots = 2;
 
 // First tile of a quarter.
@@ -116,7 +72,6 @@ struct Shared {
   uint64_t rope_empty[kRopeSlots];
   uint64_t p_full[2];
   uint64_t p_empty[2];
-  uint64_t go;
   uint64_t end_full;  // weight, lse
   uint64_t end_empty;
 };
@@ -164,7 +119,8 @@ struct Plan {
 // What of an item is this thread block's.
 struct Work {
   int row, sequence_row, num_rows, block_begin, block_end, first_limit, num_keys, sequence;
-  int num_parts, part, first_slot;  // slots of 64 rows, those of the parts are `slot_stride` apart
+  int num_parts, part, first_slot;  // slots of 64 rows, those of the parts are
+                                    // `slot_stride` apart
   int slot_stride;
 
   __device__ __forceinline__ Work(const MlaPlanItem& item, int num_heads) {
@@ -198,78 +154,18 @@ __device__ __forceinline__ void ForEachWork(const Params& params, const Body& bo
   }
 }
 
-__device__ __forceinline__ bool MbarrierTest(uint32_t barrier, uint32_t parity) {
-  uint32_t done;
-  asm volatile(
-      "{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, "
-      "p; }"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return done != 0;
-}
-// Of a cluster of two thread blocks: a barrier of all its threads, and a load to the same place in
-// both, each of which counts the bytes at its own `barrier`.
-__device__ __forceinline__ void ClusterBarrier() {
-  asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
-}
-__device__ __forceinline__ void TmaLoad2dToPair(uint32_t to, const CUtensorMap* map,
-                                                uint32_t barrier, int x, int y) {
-  const uint16_t both = 3;
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::"
-      "cluster "
-      "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
-      "l"(map), "r"(barrier), "r"(x), "r"(y), "h"(both)
-      : "memory");
-}
-
-__device__ __forceinline__ void TmaPrefetch2d(const CUtensorMap* map, int x, int y) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(x),
-               "r"(y)
-               : "memory");
-}
-
-// One lane brings the tiles of all blocks. Of a pair of thread blocks each brings every other tile
-// to both.
-template <bool kPair>
+// One lane brings the tiles of all blocks.
 __device__ __forceinline__ void Produce(Shared& shared, const Params& params,
                                         const CUtensorMap* cache) {
-  const uint32_t rank = kPair ? blockIdx.x % 2 : 0;
   Ring<kQuarterSlots> quarter;
   Ring<kRopeSlots> rope;
   ForEachWork(params, [&](const MlaPlanItem& item) {
     const Work work(item, params.num_heads);
     const int32_t* table = params.blocks + params.block_begin[work.sequence];
     int32_t next = table[work.block_begin];
-    const auto prefetch = [&](int b) {
-      constexpr int kBytes = kKeys * kKeyDim * 2;
-      const int tiles = MlaTilesPerUnit(params.num_heads);
-      const char* from = reinterpret_cast<const char*>(params.cache) + int64_t{table[b]} * kBytes;
-      const int part = kBytes / tiles;
-      asm volatile(
-          "cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from + blockIdx.x % tiles * part),
-          "r"(part)
-          : "memory");
-    };
-    if (V_PREFETCH) {
-      for (int b = work.block_begin + 1; b < min(work.block_begin + V_PREFETCH, work.block_end);
-           ++b)
-        prefetch(b);
-    }
     for (int b = work.block_begin; b < work.block_end; ++b) {
       const int row = next * kKeys;
       if (b + 1 < work.block_end) next = table[b + 1];
-      if (V_PREFETCH && b + V_PREFETCH < work.block_end) prefetch(b + V_PREFETCH);
-      const auto load = [&](void* slot, uint32_t full, int tile, int mine) {
-#if V_MULTICAST == 1
-        if (tile % 2 == rank) TmaLoad2dToPair(SharedAddress(slot), cache, full, tile * 64, row);
-#elif V_MULTICAST == 3
-        if (tile / 2 % 2 == rank) TmaLoad2dToPair(SharedAddress(slot), cache, full, tile * 64, row);
-#else
-        TmaLoad2d(SharedAddress(slot), cache, full, tile * 64, row);
-#endif
-      };
 #pragma unroll
       for (int q = 0; q < kQuarters; ++q) {
         MbarrierWait(SharedAddress(&shared.quarter_empty[quarter.index]), quarter.parity ^ 1);
@@ -277,14 +173,15 @@ __device__ __forceinline__ void Produce(Shared& shared, const Params& params,
         MbarrierArriveExpect(full, kQuarterTiles * kTileBytes);
 #pragma unroll
         for (int t = 0; t < kQuarterTiles; ++t) {
-          load(shared.quarter[quarter.index][t], full, QuarterTile(q) + t, t);
+          TmaLoad2d(SharedAddress(shared.quarter[quarter.index][t]), cache, full,
+                    (QuarterTile(q) + t) * 64, row);
         }
         quarter.Advance();
         if (q != 1) continue;
         MbarrierWait(SharedAddress(&shared.rope_empty[rope.index]), rope.parity ^ 1);
         const uint32_t rope_full = SharedAddress(&shared.rope_full[rope.index]);
         MbarrierArriveExpect(rope_full, kTileBytes);
-        load(shared.rope[rope.index], rope_full, kTiles - 1, 0);
+        TmaLoad2d(SharedAddress(shared.rope[rope.index]), cache, rope_full, (kTiles - 1) * 64, row);
         rope.Advance();
       }
     }
@@ -332,7 +229,7 @@ __device__ __forceinline__ void LoadQueries(Shared& shared, const Params& params
 __device__ __forceinline__ void ComputeScores(Shared& shared, const Ring<kQuarterSlots>& first,
                                               const Ring<kRopeSlots>& rope,
                                               const uint32_t (&registers)[kRegisterTiles][4][4],
-                                              float (&s)[32] TIMES) {
+                                              float (&s)[32]) {
   const auto add = [&](const void* slot, int tile, bool accumulate) {
     const uint64_t k = WgmmaDescriptor(SharedAddress(slot));
 #pragma unroll
@@ -359,11 +256,9 @@ __device__ __forceinline__ void ComputeScores(Shared& shared, const Ring<kQuarte
     MbarrierWait(SharedAddress(&shared.rope_full[rope.index]), rope.parity);
     add(shared.rope[rope.index], kTiles - 1, true);
   }
-  TICK(0)
   WgmmaCommit();
   WgmmaWait<0>();
   WgmmaPin(s);
-  TICK(1)
 }
 
 // The values of keys that nobody sees may be anything, NaN too, and 0 * NaN is NaN: they become
@@ -430,31 +325,17 @@ struct RowState {
   }
 };
 
-// Tells whoever fills a slot that this warp has read it.
-template <bool kPair>
-__device__ __forceinline__ void Release(uint64_t* barrier) {
-  if constexpr (kPair) {
-    MbarrierArriveRemote(SharedAddress(barrier), 0);
-    MbarrierArriveRemote(SharedAddress(barrier), 1);
-  } else {
-    MbarrierArrive(SharedAddress(barrier));
-  }
-}
-
-template <bool kPair>
 __device__ __forceinline__ void Score(Shared& shared, const Params& params) {
   const int thread = threadIdx.x % kWarpgroup, lane = thread % 32;
   const int row = thread / 32 * 16 + lane / 4;
   Ring<kQuarterSlots> quarter;
   Ring<kRopeSlots> rope;
-  TIMER
   Ring<2> buffer, end;
   ForEachWork(params, [&](const MlaPlanItem& item) {
     const Work work(item, params.num_heads);
     uint32_t registers[kRegisterTiles][4][4];
     LoadQueries(shared, params, work, registers);
     RowState rows[2];
-    bool held = true;
     int limit[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -462,9 +343,8 @@ __device__ __forceinline__ void Score(Shared& shared, const Params& params) {
     }
     for (int b = work.block_begin; b < work.block_end; ++b) {
       float s[32];
-      ComputeScores(shared, quarter, rope, registers, s PASS);
-      if (lane == 0) Release<kPair>(&shared.rope_empty[rope.index]);
-      if (V_QKFIRST && b > work.block_begin && held) MbarrierArrive(SharedAddress(&shared.go));
+      ComputeScores(shared, quarter, rope, registers, s);
+      if (lane == 0) MbarrierArrive(SharedAddress(&shared.rope_empty[rope.index]));
       const int first_key = b * kKeys;
       if (first_key + kKeys > work.num_keys)
         ClearValues(shared, quarter, work.num_keys - first_key);
@@ -475,7 +355,6 @@ __device__ __forceinline__ void Score(Shared& shared, const Params& params) {
           if (key >= limit[i / 2 % 2]) s[i] = -INFINITY;
         }
       }
-      TICK(2)
       const float scale0 = rows[0].Update(s, 0, params.scale_log2);
       const float scale1 = rows[1].Update(s, 1, params.scale_log2);
       MbarrierWait(SharedAddress(&shared.p_empty[buffer.index]), buffer.parity ^ 1);
@@ -496,17 +375,9 @@ __device__ __forceinline__ void Score(Shared& shared, const Params& params) {
       FenceProxyAsync();
       MbarrierArrive(SharedAddress(&shared.p_full[buffer.index]));
       quarter.Advance(kQuarters);
-      if (V_QKFIRST == 2) {
-        const Ring<kQuarterSlots> last = quarter.Ahead(V_LAST);
-        held = b + 1 < work.block_end &&
-               MbarrierTest(SharedAddress(&shared.quarter_full[last.index]), last.parity);
-        if (!held) MbarrierArrive(SharedAddress(&shared.go));
-      }
-      TICK(3)
       rope.Advance();
       buffer.Advance();
     }
-    if (V_QKFIRST == 1) MbarrierArrive(SharedAddress(&shared.go));
     MbarrierWait(SharedAddress(&shared.end_empty), end.index ^ 1);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -519,21 +390,17 @@ __device__ __forceinline__ void Score(Shared& shared, const Params& params) {
     MbarrierArrive(SharedAddress(&shared.end_full));
     end.Advance();
   });
-  TPRINT("scores: issue, products, mask, softmax")
 }
 
 // Half h of the values' columns.
-template <bool kPair>
 __device__ __forceinline__ void Accumulate(Shared& shared, const Params& params, int h) {
   const int thread = threadIdx.x % kWarpgroup, lane = thread % 32;
   const int row = thread / 32 * 16 + lane / 4;
-  uint32_t go = 0;
   bool has_parts = false;
   const auto num_slots = [&] {
     return int64_t{Plan(params.plan).header->num_slots} * MlaTilesPerUnit(params.num_heads);
   };
   Ring<kQuarterSlots> first = Ring<kQuarterSlots>().Ahead(h);
-  TIMER
   Ring<2> buffer, end;
   ForEachWork(params, [&](const MlaPlanItem& item) {
     const int block_begin = item.block_begin, block_end = item.block_end;
@@ -543,7 +410,6 @@ __device__ __forceinline__ void Accumulate(Shared& shared, const Params& params,
       const Ring<kQuarterSlots> second = first.Ahead(2);
       MbarrierWait(SharedAddress(&shared.quarter_full[first.index]), first.parity);
       MbarrierWait(SharedAddress(&shared.quarter_full[second.index]), second.parity);
-      TICK(0)
       if (b > block_begin) {
         const float scale0 = shared.scale[buffer.index][row];
         const float scale1 = shared.scale[buffer.index][row + 8];
@@ -553,14 +419,9 @@ __device__ __forceinline__ void Accumulate(Shared& shared, const Params& params,
         }
       }
       const uint64_t p = WgmmaDescriptor(SharedAddress(shared.p[buffer.index]));
-      if (V_QKFIRST) {
-        MbarrierWait(SharedAddress(&shared.go), go);
-        go ^= 1;
-      }
       WgmmaPin(o[0]);
       WgmmaPin(o[1]);
       WgmmaFence();
-      TICK(1)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const uint64_t v = WgmmaDescriptorTransposed(
@@ -573,16 +434,14 @@ __device__ __forceinline__ void Accumulate(Shared& shared, const Params& params,
         WgmmaCommit();
       }
       WgmmaWait<1>();
-      if (lane == 0) Release<kPair>(&shared.quarter_empty[first.index]);
-      TICK(2)
+      if (lane == 0) MbarrierArrive(SharedAddress(&shared.quarter_empty[first.index]));
       WgmmaWait<0>();
       WgmmaPin(o[0]);
       WgmmaPin(o[1]);
       if (lane == 0) {
-        Release<kPair>(&shared.quarter_empty[second.index]);
+        MbarrierArrive(SharedAddress(&shared.quarter_empty[second.index]));
         MbarrierArrive(SharedAddress(&shared.p_empty[buffer.index]));
       }
-      TICK(3)
       first.Advance(kQuarters);
       buffer.Advance();
     }
@@ -625,7 +484,6 @@ __device__ __forceinline__ void Accumulate(Shared& shared, const Params& params,
     }
     if (is_part) FinishPart(parts, work.first_slot, h, kValuesBarrier + h);
   });
-  TPRINT("values: wait p, rescale+go, first, second")
   if (!has_parts) return;
   const MlaParts parts(params.workspace, num_slots());
   ForEachWork(params, [&](const MlaPlanItem& item) {
@@ -637,15 +495,13 @@ __device__ __forceinline__ void Accumulate(Shared& shared, const Params& params,
   });
 }
 
-// kPair: the worker is a cluster of two thread blocks.
-template <bool kPair>
 __global__ void __launch_bounds__(kThreads, 1)
     MlaDecodeKernel(const __grid_constant__ CUtensorMap cache, const Params params) {
   extern __shared__ __align__(1024) uint8_t storage[];
   Shared& shared = *reinterpret_cast<Shared*>(storage);
   if (threadIdx.x == 0) {
     TmaPrefetchMap(&cache);
-    constexpr int kReaders = kPair ? 8 : 4;  // warps
+    constexpr int kReaders = 4;  // warps
     for (int s = 0; s < kQuarterSlots; ++s) {
       MbarrierInit(SharedAddress(&shared.quarter_full[s]), 1);
       MbarrierInit(SharedAddress(&shared.quarter_empty[s]), kReaders);
@@ -658,31 +514,24 @@ __global__ void __launch_bounds__(kThreads, 1)
       MbarrierInit(SharedAddress(&shared.p_full[i]), kWarpgroup);
       MbarrierInit(SharedAddress(&shared.p_empty[i]), 8);
     }
-    MbarrierInit(SharedAddress(&shared.go), kWarpgroup);
     MbarrierInit(SharedAddress(&shared.end_full), kWarpgroup);
     MbarrierInit(SharedAddress(&shared.end_empty), 8);
     FenceMbarrierInit();
   }
-  if constexpr (kPair) {
-    ClusterBarrier();
-  } else {
-    __syncthreads();
-  }
+  __syncthreads();
   WaitForPrevious();
   LetNextBegin();
   const int role = threadIdx.x / kWarpgroup;
   if (role == kProducer) {
     RegistersDown<kProducerRegisters>();
-    if (threadIdx.x == 0) Produce<kPair>(shared, params, &cache);
+    if (threadIdx.x == 0) Produce(shared, params, &cache);
   } else if (role == kScores) {
     RegistersUp<kScoresRegisters>();
-    Score<kPair>(shared, params);
+    Score(shared, params);
   } else {
     RegistersUp<kValuesRegisters>();
-    Accumulate<kPair>(shared, params, role - kLeftValues);
+    Accumulate(shared, params, role - kLeftValues);
   }
-  // The other's loads and arrivals may still be on their way here.
-  if constexpr (kPair) ClusterBarrier();
 }
 
 // The cache as rows of 576, as many as coordinates reach: what the block tables name is what
@@ -710,38 +559,17 @@ cudaError_t EncodeCache(const __nv_bfloat16* cache, CUtensorMap* map) {
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-template <bool kPair>
 cudaError_t LaunchDecode(const CUtensorMap& map, const Params& params, int num_sms,
                          cudaStream_t stream) {
   static const cudaError_t allowed = cudaFuncSetAttribute(
-      MlaDecodeKernel<kPair>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
+      MlaDecodeKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
   if (allowed != cudaSuccess) return allowed;
   LaunchShape shape;
   const int tiles = MlaTilesPerUnit(params.num_heads);
   shape.grid = dim3(std::max(num_sms / tiles, 1) * tiles);
   shape.block = dim3(kThreads);
   shape.shared_bytes = sizeof(Shared);
-  shape.cluster = kPair || V_CLUSTER ? 2 : 1;
-#if V_CLUSTER || V_MULTICAST
-  static bool printed = false;
-  if (!printed) {
-    printed = true;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = shape.grid;
-    config.blockDim = shape.block;
-    config.dynamicSmemBytes = shape.shared_bytes;
-    cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = 2;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    int n = 0;
-    printf("max clusters: %d", cudaOccupancyMaxActiveClusters(&n, MlaDecodeKernel<kPair>, &config));
-    printf(" %d\n", n);
-  }
-#endif
-  return Launch(MlaDecodeKernel<kPair>, shape, stream, map, params);
+  return Launch(MlaDecodeKernel, shape, stream, map, params);
 }
 
 }  // namespace
@@ -764,10 +592,7 @@ cudaError_t MlaDecode(const MlaDecodeArgs& args, cudaStream_t stream) {
   const Params params = {args.cache, args.q,         args.blocks,    args.block_begin,
                          args.plan,  args.workspace, args.num_heads, args.softmax_scale * kLog2E,
                          args.out};
-  error = MlaTilesPerUnit(args.num_heads) == 2 && V_MULTICAST
-              ? LaunchDecode<true>(map, params, num_sms, stream)
-              : LaunchDecode<false>(map, params, num_sms, stream);
-  return error;
+  return LaunchDecode(map, params, num_sms, stream);
 }
 
 }  // namespace latentd
