@@ -23,6 +23,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 BINARY = pathlib.Path(os.environ.get('LATENTD_BINARY', ROOT / 'build' / 'latentd'))
 # What computes in the daemons of these tests: cpu, cuda, or auto as `latentd serve` chooses.
 ENGINE = os.environ.get('LATENTD_E2E_ENGINE', 'auto')
+ON_GPU = ENGINE == 'cuda' or (ENGINE == 'auto' and pathlib.Path('/dev/nvidiactl').exists())
 DEMO_MODEL = ROOT / 'deploy' / 'demo-model'
 # Longest time that anything here may take; a call without an end is a failure, not a hang.
 TIMEOUT = 60
@@ -260,8 +261,9 @@ def dummy_model(folder: pathlib.Path, **changes) -> pathlib.Path:
     return folder
 
 
-# Some 200 million parameters: enough that loading takes a moment and can be observed.
-SLOW_TO_LOAD = dict(hidden_size=1024, moe_intermediate_size=512, n_routed_experts=32, n_group=4, intermediate_size=2048)
+# Some 200 million parameters: enough that loading takes a moment and can be observed. On a GPU more layers take it.
+SLOW_TO_LOAD = dict(hidden_size=1024, moe_intermediate_size=512, n_routed_experts=32, n_group=4, intermediate_size=2048,
+                    num_hidden_layers=61 if ON_GPU else 5)
 
 
 def run(*arguments, timeout=TIMEOUT, input=None) -> subprocess.CompletedProcess:

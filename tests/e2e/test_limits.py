@@ -1,12 +1,17 @@
 """Many clients, rude clients, and clients that go away."""
 
 import asyncio
+import sys
 import time
 
 import grpc
 import pytest
 
-from client import Answer, Daemon, TIMEOUT, chat_request, details, endless, error_of, eventually, golden, pb, pb_grpc
+from client import ROOT, Answer, Daemon, TIMEOUT, chat_request, details, endless, error_of, eventually, golden, pb, pb_grpc
+
+sys.path.insert(0, str(ROOT / 'scripts' / 'demo_model'))
+import data  # noqa: E402
+import evaluate  # noqa: E402
 
 
 def test_a_cancelled_stream_frees_its_blocks(daemon):
@@ -134,12 +139,16 @@ def test_queue_timeout():
 
 
 def test_a_cache_that_is_too_small_preempts_and_changes_nothing():
-    """8 answers of some 300 tokens compete for 16 blocks; each equals the one it gets alone."""
-    request = lambda i: chat_request(f'Count to {20 + i}.', limits=pb.Limits(max_tokens=300, ignore_eos=True), outputs=pb.Outputs(token_ids=True))
-    with Daemon('--kv-cache-tokens', '1024') as daemon:
+    """8 answers compete for 12 blocks; each is the one it gets alone."""
+    # Texts to repeat: the model is sure of every token, whichever kernels compute it again.
+    longest = sorted(evaluate.prompts(categories=['copy']), key=lambda prompt: -len(prompt.expected))[:8]
+    requests = [chat_request(p.text.removeprefix(data.BOS + data.USER).removesuffix(data.ASSISTANT), outputs=pb.Outputs(token_ids=True))
+                for p in longest]
+    with Daemon('--kv-cache-tokens', '768') as daemon:
         daemon.wait_ready()
-        alone = [Answer(daemon.stub.StreamChat(request(i), timeout=TIMEOUT)).token_ids for i in range(8)]
-        together = asyncio.run(stream_many(daemon.address, [request(i) for i in range(8)]))
-        assert [a.token_ids for a in together] == alone
+        alone = [Answer(daemon.stub.StreamChat(request, timeout=TIMEOUT)) for request in requests]
+        assert [a.content for a in alone] == [p.expected for p in longest]
+        together = asyncio.run(stream_many(daemon.address, requests))
+        assert [a.token_ids for a in together] == [a.token_ids for a in alone]
         assert daemon.metric('latentd_preemptions_total') > 0
         daemon.wait_idle(timeout=5)
