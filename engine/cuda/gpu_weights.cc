@@ -12,6 +12,9 @@
 #include "engine/cuda/gpu_copy.h"
 #include "engine/cuda/gpu_dummy.h"
 #include "engine/cuda/gpu_layout.h"
+#include "engine/cuda/kernels/moe.h"
+#include "engine/cuda/kernels/norm.h"
+#include "engine/cuda/kernels/sampler.h"
 #include "engine/model/dummy_weights.h"
 #include "engine/model/layout.h"
 #include "engine/model/rope.h"
@@ -35,9 +38,28 @@ absl::Status CheckExactly(const char* field, int64_t value, int64_t wanted) {
   return Unsupported(field, value, absl::StrCat(wanted));
 }
 
-absl::Status CheckColumns(const char* field, int64_t value, int64_t unit) {
-  if (value > 0 && value % unit == 0 && value <= kMaxColumns) return absl::OkStatus();
-  return Unsupported(field, value, absl::StrCat("multiples of ", unit, " up to ", kMaxColumns));
+absl::Status CheckColumns(const char* field, int64_t value, int64_t unit,
+                          int64_t most = kMaxColumns) {
+  if (value > 0 && value % unit == 0 && value <= most) return absl::OkStatus();
+  return Unsupported(field, value, absl::StrCat("multiples of ", unit, " up to ", most));
+}
+
+absl::Status CheckAtMost(const char* field, int64_t value, int64_t most) {
+  if (value <= most) return absl::OkStatus();
+  return Unsupported(field, value, absl::StrCat("up to ", most));
+}
+
+absl::Status CheckRouter(const ModelConfig& config) {
+  RETURN_IF_ERROR(CheckAtMost("n_routed_experts", config.n_routed_experts, kMaxRoutedExperts));
+  RETURN_IF_ERROR(CheckAtMost("n_shared_experts", config.n_shared_experts, kMaxSharedExperts));
+  RETURN_IF_ERROR(CheckAtMost("n_group", config.n_group, kMaxExpertGroups));
+  RETURN_IF_ERROR(
+      CheckAtMost("num_experts_per_tok", config.num_experts_per_tok, kMaxExpertsPerTok));
+  // A group is judged by its two best experts.
+  if (config.topk_group < config.n_group && config.n_routed_experts / config.n_group < 2) {
+    return Unsupported("n_group", config.n_group, "groups of two experts or more");
+  }
+  return absl::OkStatus();
 }
 
 // An FP8 model's projections are FP8, every one; kv_b_proj is dequantised anyway.
@@ -88,19 +110,20 @@ absl::Status CheckCudaSupports(const ModelConfig& config) {
                                  config.quantization->block_cols, kQuantGroup));
   }
   const int unit = config.quantization ? kQuantGroup : kBf16Unit;
-  RETURN_IF_ERROR(CheckColumns("hidden_size", config.hidden_size, unit));
+  RETURN_IF_ERROR(CheckColumns("hidden_size", config.hidden_size, unit, kMaxNormColumns));
+  RETURN_IF_ERROR(CheckAtMost("vocab_size", config.vocab_size, kMaxVocabSize));
   if (config.first_k_dense_replace > 0) {
     RETURN_IF_ERROR(CheckColumns("intermediate_size", config.intermediate_size, unit));
   }
   if (config.first_k_dense_replace < config.num_hidden_layers) {
     RETURN_IF_ERROR(CheckColumns("moe_intermediate_size", config.moe_intermediate_size, unit));
+    RETURN_IF_ERROR(CheckRouter(config));
   }
-  constexpr int kMaxHeads = kMaxColumns / kValue;
-  if (config.num_attention_heads > kMaxHeads) {
-    return Unsupported("num_attention_heads", config.num_attention_heads,
-                       absl::StrCat("up to ", kMaxHeads));
+  RETURN_IF_ERROR(
+      CheckAtMost("num_attention_heads", config.num_attention_heads, kMaxColumns / kValue));
+  if (config.q_lora_rank) {
+    return CheckColumns("q_lora_rank", *config.q_lora_rank, unit, kMaxQLoraRank);
   }
-  if (config.q_lora_rank) return CheckColumns("q_lora_rank", *config.q_lora_rank, unit);
   // q_proj and kv_a_proj_with_mqa are one matrix on the GPU, and no block of scales has rows of
   // both.
   if (config.quantization && config.num_attention_heads * config.qk_head_dim() % kQuantGroup != 0) {

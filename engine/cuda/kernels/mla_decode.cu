@@ -11,9 +11,9 @@
 
 // A thread block attends with 64 rows at a time to 64 keys at a time, in four warpgroups:
 //
-//   producer  brings the cache's blocks into two stages by TMA, in tiles of 64 x 64 with a barrier
-//   each scores    S = Q K^T as the tiles land, softmax, P as bf16 into one of two buffers values
-//   two of them, each O[64, 256] += P V[64, 256], half of the columns, in registers
+// - producer: brings the cache's blocks by TMA, in tiles of 64 x 64;
+// - scores: S = Q K^T as the tiles land, softmax, P as bf16 into one of two buffers;
+// - values, two of them: each O[64, 256] += P V[64, 256], half of the columns, in registers;
 //
 // so that the scores of one block, and their softmax, run beside the values of the block before. K
 // and V are the same bytes of shared memory. Queries lie in shared memory but for the last

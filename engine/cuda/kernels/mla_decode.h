@@ -18,8 +18,9 @@ namespace latentd {
 
 struct MlaSequence {
   int32_t num_queries = 0;  // >= 1 tokens of this step; their own keys are in the cache already
-  int32_t num_keys =
-      0;  // tokens in the cache with them; query i sees keys [0, num_keys - num_queries + i]
+  // Tokens in the cache with them; query i sees keys [0, num_keys - num_queries + i]. 0 for a
+  // sequence that only pads a graph: nothing of it is read or written.
+  int32_t num_keys = 0;
 };
 
 // How a step's work is spread over the GPU: made on the host once a step, used by all layers. A
@@ -54,13 +55,16 @@ struct MlaDecodeArgs {
   const int32_t* blocks = nullptr;  // [sum of blocks] tables of the sequences, one after the other
   const int32_t* block_begin = nullptr;  // [num_sequences] where each one's begins
   const int32_t* plan = nullptr;         // on the device
+  // Zeroed before the first launch; a launch leaves its counters zero. One launch at a time.
   std::byte* workspace = nullptr;
   int num_heads = 0;
-  float softmax_scale = 0;
+  float softmax_scale = 0;  // > 0
   __nv_bfloat16* out =
       nullptr;  // [num_queries, num_heads, 512]; rows of no sequence are left alone
 };
 
+// cudaErrorInvalidValue for a null pointer or a number out of its range, cudaErrorNotSupported when
+// the driver knows no tensor maps.
 cudaError_t MlaDecode(const MlaDecodeArgs& args, cudaStream_t stream);
 
 }  // namespace latentd

@@ -16,7 +16,8 @@ constexpr int kLatentDim = 512;
 constexpr int kLatentGroups = kLatentDim / kQuantGroup;
 constexpr int kCacheRow = kLatentDim + kRopeDim;
 constexpr int kMaxWarps = 32;
-constexpr int kMaxQueryGroups = kMaxWarps - kLatentGroups - 1;  // q_lora_rank up to 3456
+constexpr int kMaxQueryGroups = kMaxWarps - kLatentGroups - 1;
+static_assert(kMaxQueryGroups * kQuantGroup == kMaxQLoraRank);
 
 // A block takes kTokens tokens; its warps are num_query_groups for q_a's groups of 128 columns,
 // four for the latents', and one for the key's rope dims.

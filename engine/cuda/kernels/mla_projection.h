@@ -20,13 +20,15 @@ struct RopeTable {
   bool interleave = true;
 };
 
+inline constexpr int kMaxQLoraRank = 3456;  // that NormLatents is compiled for
+
 // After the fused q_a/kv_a projection: both norms, RoPE on the key's 64 dims, and the new rows of
 // the latent cache.
 struct LatentArgs {
   int num_tokens = 0;
   const __nv_bfloat16* qkv_a = nullptr;  // [num_tokens, q_dim + 576]: q_a, latents, rope key
   int q_dim = 0;                         // q_lora_rank, or num_heads * 192 when there is none
-  // [q_lora_rank], up to 3456; nullptr: q needs nothing, q_out is not written.
+  // [q_lora_rank], up to kMaxQLoraRank; nullptr: q needs nothing, q_out is not written.
   const float* q_a_layernorm = nullptr;
   const float* kv_a_layernorm = nullptr;  // [512]
   float eps = 0;

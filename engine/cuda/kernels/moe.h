@@ -24,6 +24,12 @@ struct MoeRouting {
   int32_t* group_offsets = nullptr;  // [num_groups + 1]; the last is the number of rows
 };
 
+// What RouteTokens is compiled for.
+inline constexpr int kMaxRoutedExperts = 384;
+inline constexpr int kMaxExpertGroups = 32;  // n_group
+inline constexpr int kMaxExpertsPerTok = 32;
+inline constexpr int kMaxSharedExperts = 32;
+
 // DeepSeek's router, as Transformers computes it: f32 logits, sigmoid, the correction bias for the
 // choice alone, the best topk_group groups by their two best experts (the others -inf), the best
 // num_experts_per_tok in them, weights normalised and scaled.

@@ -17,7 +17,7 @@
 namespace latentd {
 namespace {
 
-constexpr int kMaxGroups = 128;  // of a row: hidden_size up to 16384
+constexpr int kMaxGroups = kMaxNormColumns / kQuantGroup;
 constexpr int kNumSms = 132;
 
 enum class Source { kNone, kEmbed, kDelta, kExperts };

@@ -10,11 +10,13 @@
 
 namespace latentd {
 
+inline constexpr int kMaxNormColumns = 16384;  // hidden_size
+
 // What a layer's half begins with, in one pass over the residual stream: add what the half before
 // it gave, RMSNorm, quantise.
 struct AddNormArgs {
   int num_rows = 0;     // rows of the result
-  int hidden_size = 0;  // up to 16384, a multiple of 8; of 128 when there is FP8
+  int hidden_size = 0;  // up to kMaxNormColumns, a multiple of 8; of 128 when there is FP8
   float eps = 0;
   const float* weight = nullptr;  // [hidden_size]
   float* residual = nullptr;      // [tokens, hidden_size] f32, updated in place

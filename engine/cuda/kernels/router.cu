@@ -16,7 +16,8 @@
 namespace latentd {
 namespace {
 
-constexpr int kMaxExperts = 384, kMaxGroups = 32, kMaxChoices = 32, kMaxShared = 32;
+constexpr int kMaxExperts = kMaxRoutedExperts, kMaxGroups = kMaxExpertGroups;
+constexpr int kMaxChoices = kMaxExpertsPerTok;
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kMaxClusterTokens = 64;
 constexpr int kMaxShortBlocks = 1024;  // tokens for which a block has one a warp
@@ -385,8 +386,9 @@ bool Valid(const RouterArgs& args) {
          (args.topk_group == args.n_group || args.n_routed_experts / args.n_group >= 2) &&
          args.first_expert >= 0 && args.num_local_experts >= 0 &&
          args.first_expert + args.num_local_experts <= args.n_routed_experts &&
-         args.num_shared >= 0 && args.num_shared <= kMaxShared && args.correction_bias != nullptr &&
-         args.num_real_tokens != nullptr && args.workspace != nullptr &&
+         args.num_shared >= 0 && args.num_shared <= kMaxSharedExperts &&
+         args.correction_bias != nullptr && args.num_real_tokens != nullptr &&
+         args.workspace != nullptr &&
          routing.num_choices == args.num_experts_per_tok + args.num_shared &&
          routing.row_of != nullptr && routing.weights != nullptr && routing.topk_ids != nullptr &&
          routing.token_of_row != nullptr && routing.group_offsets != nullptr;

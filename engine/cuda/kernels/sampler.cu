@@ -564,7 +564,8 @@ __global__ void __launch_bounds__(kThreads, 2) Sample(KernelArgs args) {
 size_t SamplerWorkspaceBytes(int, int) { return 0; }  // a cluster's shared memory is enough
 
 cudaError_t SampleTokens(const SampleArgs& args, cudaStream_t stream) {
-  if (args.num_rows < 0 || args.vocab_size < 1) return cudaErrorInvalidValue;
+  if (args.num_rows < 0 || args.vocab_size < 1 || args.vocab_size > kMaxVocabSize)
+    return cudaErrorInvalidValue;
   if (args.num_rows == 0) return cudaSuccess;
   if (args.logits == nullptr || args.rows == nullptr || args.sampled == nullptr)
     return cudaErrorInvalidValue;
@@ -577,8 +578,7 @@ cudaError_t SampleTokens(const SampleArgs& args, cudaStream_t stream) {
     --kernel_args.weight_bits;
   }
   const size_t shared_bytes = sizeof(Shared) + kernel_args.chunk * sizeof(float);
-  constexpr size_t kMostShared = 227 * 1024;
-  if (shared_bytes > kMostShared) return cudaErrorInvalidValue;
+  static_assert(sizeof(Shared) + kMaxVocabSize / kBlocks * sizeof(float) + 16 <= 227 * 1024);
   const cudaError_t error =
       cudaFuncSetAttribute(Sample, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error != cudaSuccess) return error;

@@ -37,6 +37,9 @@ inline constexpr int32_t kNotFinite = -1;
 inline constexpr int32_t kAllSuppressed = -2;
 
 // 0 where shared memory is enough: then `workspace` may be nullptr.
+// A row's logits are kept in the shared memory of a cluster of thread blocks.
+inline constexpr int kMaxVocabSize = 380000;
+
 size_t SamplerWorkspaceBytes(int max_rows, int vocab_size);
 
 // Draws as engine/cpu's Sampler does: the same order of limits, the same weights in f64, the same
