@@ -11,8 +11,8 @@ namespace latentd {
 struct EngineInfo {
   int32_t num_blocks = 0;       // KV cache blocks of each attention replica
   int32_t num_dp_ranks = 1;     // attention replicas
-  int32_t max_step_tokens = 0;  // most tokens of one plan, all replicas together
-  int32_t max_sequences = 0;    // most sequences of one plan
+  int32_t max_step_tokens = 0;  // most tokens of one replica in a plan
+  int32_t max_sequences = 0;    // most sequences of one replica in a plan
   int32_t max_model_len = 0;    // prompt + completion, in tokens
   int32_t vocab_size = 0;
 };
@@ -31,7 +31,13 @@ class Engine {
   //
   // After an error the contents of the cache are undefined, but unless it is lost() the engine is
   // not: a later plan may succeed if it computes its sequences again from their first token.
+  // ABORTED means that the step failed through no fault of its sequences, such as by the loss of a
+  // rank: computed again, once the engine is ready(), they go on as if nothing had happened.
   virtual absl::StatusOr<StepResult> Execute(const StepPlan& plan) = 0;
+
+  // False while Execute() would fail with ABORTED: a rank is missing, the group is being formed
+  // again. Any thread.
+  virtual bool ready() const { return true; }
 
   // True once the engine has failed in a way that only a new process mends: Execute() has failed
   // and always will. Any thread.

@@ -35,7 +35,15 @@ struct SequenceStep {
   int32_t num_blocks = 0;           // ceil((num_computed_tokens + num_tokens) / kBlockSize)
   int32_t num_suppressed = 0;       // tokens that must not be drawn now (min_tokens)
   bool sample = false;              // draw the next token after the last one
-  SamplingParams sampling;          // read only when `sample`
+  SamplingParams sampling = {};     // read only when `sample`
+};
+
+// The shape that every rank of a group gives a step, known from the plan: no rank has to ask
+// another.
+struct StepShape {
+  int32_t num_tokens = 0;     // of the rank that has most
+  int32_t num_sequences = 0;  // likewise
+  bool decode = false;        // every sequence of every rank has one token, and samples
 };
 
 // What the engine shall compute in one forward pass, on all ranks.
@@ -49,6 +57,7 @@ struct StepPlan {
   std::vector<TokenId> tokens;          // [sum of num_tokens]
   std::vector<BlockId> blocks;          // [sum of num_blocks]; the whole table, cached blocks too
   std::vector<TokenId> suppressed;      // [sum of num_suppressed]
+  StepShape shape = {};                 // only in one rank's share of a plan (SplitPlan)
 
   bool empty() const { return sequences.empty(); }
 };
