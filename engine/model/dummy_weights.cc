@@ -68,14 +68,14 @@ class Planner : public WeightVisitor {
     const bool small = spec.kind == WeightKind::kCorrectionBias || spec.kind == WeightKind::kBias;
     const bool norm = spec.kind == WeightKind::kNorm;
     const float deviation = norm ? 0 : small ? kSmallDeviation : Deviation(spec.shape);
-    Add(view, dtype, spec.shape, norm ? 1.0f : 0.0f, deviation);
+    Add(spec, view, dtype, spec.shape, norm ? 1.0f : 0.0f, deviation);
   }
 
   void Linear(const TensorSpec& spec, LinearWeight& linear) override {
     const float deviation = Deviation(spec.shape);
-    if (!config_.quantization) return Add(linear.weight, Plain(), spec.shape, 0, deviation);
-    Add(linear.weight, DType::kF8E4M3, spec.shape, 0, deviation);
-    Add(linear.scale_inv, DType::kF32, ScaleShape(*config_.quantization, spec.shape),
+    if (!config_.quantization) return Add(spec, linear.weight, Plain(), spec.shape, 0, deviation);
+    Add(spec, linear.weight, DType::kF8E4M3, spec.shape, 0, deviation);
+    Add(spec, linear.scale_inv, DType::kF32, ScaleShape(*config_.quantization, spec.shape),
         deviation * E4m3Unit(), 0);
   }
 
@@ -90,10 +90,10 @@ class Planner : public WeightVisitor {
     return 1.0f / std::sqrt(static_cast<float>(shape.back()));
   }
 
-  void Add(TensorView& view, DType dtype, const std::vector<int64_t>& shape, float mean,
-           float deviation) {
+  void Add(const TensorSpec& spec, TensorView& view, DType dtype, const std::vector<int64_t>& shape,
+           float mean, float deviation) {
     view = {.dtype = dtype, .shape = shape};
-    tensors_.push_back({&view, mean, deviation});
+    tensors_.push_back({&view, mean, deviation, spec.expert});
   }
 
   const ModelConfig& config_;
@@ -170,11 +170,18 @@ std::array<float, 256> DummyValues(const DummyTensor& tensor) {
 }
 
 absl::StatusOr<ModelWeights> MakeDummyWeights(const ModelConfig& config,
-                                              const LoadProgress& progress) {
+                                              const LoadProgress& progress,
+                                              const Placement& placement) {
   ModelWeights weights;
   const std::vector<DummyTensor> tensors = PlanDummyWeights(config, weights);
+  const ExpertRange experts = placement.Experts(config.n_routed_experts);
+  const auto held = [&experts](const DummyTensor& tensor) {
+    return tensor.expert == kNoExpert || experts.contains(tensor.expert);
+  };
   size_t num_bytes = 0;
-  for (const DummyTensor& tensor : tensors) num_bytes += PaddedBytes(*tensor.view);
+  for (const DummyTensor& tensor : tensors) {
+    if (held(tensor)) num_bytes += PaddedBytes(*tensor.view);
+  }
   ASSIGN_OR_RETURN(std::shared_ptr<AnonymousMemory> memory, AnonymousMemory::Allocate(num_bytes));
 
   const std::array<uint8_t, 256> e4m3 = DummyValuesE4m3();
@@ -182,6 +189,10 @@ absl::StatusOr<ModelWeights> MakeDummyWeights(const ModelConfig& config,
   std::vector<LoadJob> jobs;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const DummyTensor& fill = tensors[i];
+    if (!held(fill)) {
+      *fill.view = {};
+      continue;
+    }
     fill.view->data = place;
     place += PaddedBytes(*fill.view);
     const int64_t n = fill.view->num_elements();

@@ -15,8 +15,8 @@ class Walk {
 
   void Tensor(std::string name, std::vector<int64_t> shape, WeightKind kind, WeightPart part,
               TensorView& view) {
-    visitor_.Tensor({std::move(name), std::move(shape), kind, mtp_ ? WeightPart::kMtp : part},
-                    view);
+    visitor_.Tensor(
+        {std::move(name), std::move(shape), kind, mtp_ ? WeightPart::kMtp : part, expert_}, view);
   }
 
   void Norm(std::string name, int64_t width, TensorView& view) {
@@ -27,7 +27,7 @@ class Walk {
   void Linear(const std::string& name, int64_t out, int64_t in, WeightPart part,
               LinearWeight& linear, bool bias = false) {
     const WeightPart actual = mtp_ ? WeightPart::kMtp : part;
-    visitor_.Linear({name + ".weight", {out, in}, WeightKind::kLinear, actual}, linear);
+    visitor_.Linear({name + ".weight", {out, in}, WeightKind::kLinear, actual, expert_}, linear);
     if (bias) {
       Tensor(name + ".bias", {out}, WeightKind::kBias, actual, linear.bias);
     }
@@ -82,10 +82,11 @@ class Walk {
     Tensor(prefix + "gate.e_score_correction_bias", {config_.n_routed_experts},
            WeightKind::kCorrectionBias, WeightPart::kRouter, moe.e_score_correction_bias);
     moe.experts.resize(config_.n_routed_experts);
-    for (int32_t i = 0; i < config_.n_routed_experts; ++i) {
-      Mlp(absl::StrCat(prefix, "experts.", i, "."), config_.moe_intermediate_size,
-          WeightPart::kRoutedExperts, moe.experts[i]);
+    for (expert_ = 0; expert_ < config_.n_routed_experts; ++expert_) {
+      Mlp(absl::StrCat(prefix, "experts.", expert_, "."), config_.moe_intermediate_size,
+          WeightPart::kRoutedExperts, moe.experts[expert_]);
     }
+    expert_ = kNoExpert;
     if (config_.n_shared_experts > 0) {
       Mlp(prefix + "shared_experts.",
           int64_t{config_.n_shared_experts} * config_.moe_intermediate_size,
@@ -96,6 +97,7 @@ class Walk {
   const ModelConfig& config_;
   WeightVisitor& visitor_;
   const bool mtp_;
+  int32_t expert_ = kNoExpert;  // whose tensors are walked
 };
 
 }  // namespace

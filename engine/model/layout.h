@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "engine/model/config.h"
+#include "engine/model/placement.h"
 #include "engine/model/weights.h"
 
 namespace latentd {
@@ -35,12 +36,15 @@ enum class WeightKind {
   kCorrectionBias,  // mlp.gate.e_score_correction_bias
 };
 
+inline constexpr int32_t kNoExpert = -1;
+
 // One tensor that a model of the architecture has.
 struct TensorSpec {
   std::string name;  // as in the checkpoint: "model.layers.3.self_attn.o_proj.weight"
   std::vector<int64_t> shape;
   WeightKind kind;
   WeightPart part;
+  int32_t expert = kNoExpert;  // the routed expert that it is of
 };
 
 // Meets every tensor of a model, with the place in ModelWeights where it belongs. Loading, random
@@ -52,6 +56,11 @@ class WeightVisitor {
   // A kLinear, whose scales, if it has any, are the visitor's to add. Its bias comes by Tensor().
   virtual void Linear(const TensorSpec& spec, LinearWeight& linear) = 0;
 };
+
+// Whether a rank that holds `experts` holds this tensor.
+inline bool Holds(const ExpertRange& experts, const TensorSpec& spec) {
+  return spec.expert == kNoExpert || experts.contains(spec.expert);
+}
 
 // The main model: embedding, layers, norm and, unless it is tied, the head. Shapes `weights`.
 void VisitWeights(const ModelConfig& config, ModelWeights& weights, WeightVisitor& visitor);

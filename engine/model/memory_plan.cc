@@ -28,9 +28,13 @@ int64_t NumElements(const std::vector<int64_t>& shape) {
 // Counts instead of loading.
 class Counter : public WeightVisitor {
  public:
-  Counter(const ModelConfig& config, MemoryPlan& plan) : config_(config), plan_(plan) {}
+  Counter(const ModelConfig& config, MemoryPlan& plan)
+      : config_(config),
+        plan_(plan),
+        experts_(plan.options.placement.Experts(config.n_routed_experts)) {}
 
   void Tensor(const TensorSpec& spec, TensorView&) override {
+    if (!Holds(experts_, spec)) return;
     const int64_t n = NumElements(spec.shape);
     MemoryPlan::Part& part = Count(spec, n);
     // The choice of experts is an argmax of sums with this bias; it is kept exact everywhere.
@@ -41,6 +45,7 @@ class Counter : public WeightVisitor {
   }
 
   void Linear(const TensorSpec& spec, LinearWeight&) override {
+    if (!Holds(experts_, spec)) return;
     const int64_t n = NumElements(spec.shape);
     MemoryPlan::Part& part = Count(spec, n);
     if (!config_.quantization) {
@@ -75,6 +80,7 @@ class Counter : public WeightVisitor {
 
   const ModelConfig& config_;
   MemoryPlan& plan_;
+  const ExpertRange experts_;
 };
 
 std::string Row(const std::string& name, const MemoryPlan::Part& part) {

@@ -9,6 +9,7 @@
 #include "absl/status/statusor.h"
 #include "engine/model/config.h"
 #include "engine/model/layout.h"
+#include "engine/model/placement.h"
 
 namespace latentd {
 
@@ -24,14 +25,15 @@ struct MemoryPlanOptions {
   WeightStorage weight_storage = WeightStorage::kAsStored;
   int32_t cache_element_bytes = 4;  // 4: f32, 2: bf16
   int32_t num_blocks = 0;           // KV cache blocks of kBlockSize tokens; >= 0
+  Placement placement = {};         // of the rank whose plan it is
 };
 
-// What serving a model takes, from its config alone: no weight is looked at. Bytes and counts are
-// of the main model; the MTP layers' are told apart and are in no total.
+// What serving a model takes of one rank, from its config alone: no weight is looked at. Bytes and
+// counts are of the main model; the MTP layers' are told apart and are in no total.
 struct MemoryPlan {
   struct Part {
     int64_t parameters = 0;
-    uint64_t stored_bytes = 0;  // in a checkpoint: FP8 with scales, else the config's dtype
+    uint64_t stored_bytes = 0;  // read of a checkpoint: FP8 with scales, else the config's dtype
     uint64_t memory_bytes = 0;  // as the engine holds them
   };
   std::array<Part, kNumWeightParts> parts;  // by WeightPart

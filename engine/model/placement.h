@@ -21,6 +21,16 @@ ExpertRange LocalExperts(int32_t n_routed_experts, int32_t rank, int32_t world_s
 // The rank that holds `expert`.
 int32_t RankOfExpert(int32_t n_routed_experts, int32_t expert, int32_t world_size);
 
+// A rank's place in its group; the default is a model that is alone.
+struct Placement {
+  int32_t rank = 0;
+  int32_t world_size = 1;
+
+  ExpertRange Experts(int32_t n_routed_experts) const {
+    return LocalExperts(n_routed_experts, rank, world_size);
+  }
+};
+
 }  // namespace latentd
 
 #endif  // LATENTD_ENGINE_MODEL_PLACEMENT_H_

@@ -23,17 +23,18 @@ namespace {
 constexpr size_t kMaxProblems = 20;  // of one error
 constexpr char kLayerPrefix[] = "model.layers.";
 
-// Finds each tensor of the model in the checkpoint, and collects all that is wrong.
+// Finds each tensor of the model in the checkpoint, and collects all that is wrong. Views are given
+// to what a rank with these experts holds.
 class Binder : public WeightVisitor {
  public:
-  Binder(const ModelConfig& config, const Checkpoint& checkpoint)
-      : config_(config), checkpoint_(checkpoint) {}
+  Binder(const ModelConfig& config, const Checkpoint& checkpoint, const ExpertRange& experts)
+      : config_(config), checkpoint_(checkpoint), experts_(experts) {}
 
   void Tensor(const TensorSpec& spec, TensorView& view) override {
     if (const TensorView* found = Find(spec)) {
       const bool typed = found->dtype == DType::kF32 || found->dtype == DType::kBF16;
       if (!typed) WrongType(spec.name, *found, "F32 or BF16");
-      view = *found;
+      Hold(spec, *found, view);
     }
   }
 
@@ -44,7 +45,7 @@ class Binder : public WeightVisitor {
       used_.insert(scale_name);  // one bad projection, one problem
       return;
     }
-    linear.weight = *found;
+    Hold(spec, *found, linear.weight);
     const bool fp8 = found->dtype == DType::kF8E4M3;
     if (fp8 && config_.quantization) {
       TensorSpec scale = spec;
@@ -52,7 +53,7 @@ class Binder : public WeightVisitor {
       scale.shape = ScaleShape(*config_.quantization, spec.shape);
       if (const TensorView* scale_inv = Find(scale)) {
         if (scale_inv->dtype != DType::kF32) WrongType(scale.name, *scale_inv, "F32");
-        linear.scale_inv = *scale_inv;
+        Hold(scale, *scale_inv, linear.scale_inv);
       }
     } else if (fp8) {
       WrongType(spec.name, *found, "F32 or BF16, as config.json has no quantization_config");
@@ -67,7 +68,8 @@ class Binder : public WeightVisitor {
   void FindSurplus();
 
   absl::Status status(const std::filesystem::path& dir) const;
-  const std::set<std::string, std::less<>>& used() const { return used_; }
+  // Names of what was given a view.
+  const std::set<std::string, std::less<>>& held() const { return held_; }
 
  private:
   void Problem(std::string problem) {
@@ -88,6 +90,12 @@ class Binder : public WeightVisitor {
     return found;
   }
 
+  void Hold(const TensorSpec& spec, const TensorView& found, TensorView& view) {
+    if (!Holds(experts_, spec)) return;
+    view = found;
+    held_.insert(spec.name);
+  }
+
   void WrongType(const std::string& name, const TensorView& found, const char* supported) {
     Problem(absl::StrCat("'", name, "' is ", std::string(DTypeName(found.dtype)), ", must be ",
                          supported));
@@ -97,7 +105,9 @@ class Binder : public WeightVisitor {
 
   const ModelConfig& config_;
   const Checkpoint& checkpoint_;
+  const ExpertRange experts_;
   std::set<std::string, std::less<>> used_;
+  std::set<std::string, std::less<>> held_;
   std::vector<std::string> problems_;
   size_t num_problems_ = 0;
 };
@@ -161,14 +171,16 @@ absl::Status Binder::status(const std::filesystem::path& dir) const {
   return absl::InvalidArgumentError(message);
 }
 
-// Maps and checks the checkpoint; `needed` gets the names of the main model's tensors.
+// Maps and checks the checkpoint; `needed` gets the names of the main model's tensors that a rank
+// at `placement` holds.
 absl::StatusOr<MappedWeights> Bind(const ModelConfig& config, const std::filesystem::path& dir,
+                                   const Placement& placement,
                                    std::set<std::string, std::less<>>& needed) {
   MappedWeights mapped;
   ASSIGN_OR_RETURN(mapped.checkpoint, Checkpoint::Open(dir));
-  Binder binder(config, *mapped.checkpoint);
+  Binder binder(config, *mapped.checkpoint, placement.Experts(config.n_routed_experts));
   VisitWeights(config, mapped.weights, binder);
-  needed = binder.used();
+  needed = binder.held();
   binder.BindOptional();
   binder.FindSurplus();
   RETURN_IF_ERROR(binder.status(dir));
@@ -181,18 +193,19 @@ absl::StatusOr<MappedWeights> Bind(const ModelConfig& config, const std::filesys
 
 absl::StatusOr<ModelWeights> LoadWeights(const ModelConfig& config,
                                          const std::filesystem::path& dir, LoadFormat format,
-                                         const LoadProgress& progress) {
-  if (format == LoadFormat::kDummy) return MakeDummyWeights(config, progress);
+                                         const LoadProgress& progress, const Placement& placement) {
+  if (format == LoadFormat::kDummy) return MakeDummyWeights(config, progress, placement);
   std::set<std::string, std::less<>> needed;
-  ASSIGN_OR_RETURN(MappedWeights mapped, Bind(config, dir, needed));
+  ASSIGN_OR_RETURN(MappedWeights mapped, Bind(config, dir, placement, needed));
   RETURN_IF_ERROR(ReadAhead(*mapped.checkpoint, needed, progress));
   return std::move(mapped.weights);
 }
 
 absl::StatusOr<MappedWeights> MapWeights(const ModelConfig& config,
-                                         const std::filesystem::path& dir) {
+                                         const std::filesystem::path& dir,
+                                         const Placement& placement) {
   std::set<std::string, std::less<>> needed;
-  return Bind(config, dir, needed);
+  return Bind(config, dir, placement, needed);
 }
 
 absl::Status CheckWeights(const ModelConfig& config, const std::filesystem::path& dir) {

@@ -9,6 +9,7 @@
 
 #include "absl/status/statusor.h"
 #include "engine/model/config.h"
+#include "engine/model/placement.h"
 #include "engine/model/safetensors.h"
 
 namespace latentd {
@@ -30,8 +31,9 @@ struct MlpWeights {
 struct MoeWeights {
   TensorView gate;                     // [n_routed_experts, hidden_size] bf16 or f32
   TensorView e_score_correction_bias;  // [n_routed_experts] f32 (bf16 in some copies)
-  std::vector<MlpWeights> experts;     // [n_routed_experts], width moe_intermediate_size
-  MlpWeights shared_experts;           // width n_shared_experts * moe_intermediate_size
+  // [n_routed_experts], width moe_intermediate_size; those of other ranks are empty
+  std::vector<MlpWeights> experts;
+  MlpWeights shared_experts;  // width n_shared_experts * moe_intermediate_size
 };
 
 struct LayerWeights {
@@ -70,10 +72,12 @@ using LoadProgress = std::function<void(uint64_t done_bytes, uint64_t total_byte
 // Finds and checks every tensor of the model in `dir`. Missing, surplus (outside the MTP layers),
 // wrongly shaped or typed tensors are refused by name, all of them at once up to a limit. The
 // mapped pages are read ahead, so that the first step does not wait for the disk; that is the
-// progress.
+// progress. Of the routed experts only those of `placement` are read, or made, and have views; the
+// tensors of the others are checked all the same.
 absl::StatusOr<ModelWeights> LoadWeights(const ModelConfig& config,
                                          const std::filesystem::path& dir, LoadFormat format,
-                                         const LoadProgress& progress);
+                                         const LoadProgress& progress,
+                                         const Placement& placement = {});
 
 // The same checks of a checkpoint, and its files mapped; no weight is read: for who reads each one
 // once, by Checkpoint::Read().
@@ -82,7 +86,8 @@ struct MappedWeights {
   ModelWeights weights;  // views of it
 };
 absl::StatusOr<MappedWeights> MapWeights(const ModelConfig& config,
-                                         const std::filesystem::path& dir);
+                                         const std::filesystem::path& dir,
+                                         const Placement& placement = {});
 
 // What LoadWeights would refuse of a checkpoint, found from its headers: no weight is read.
 absl::Status CheckWeights(const ModelConfig& config, const std::filesystem::path& dir);

@@ -64,6 +64,30 @@ TEST(MemoryPlanTest, WeightStorage) {
   EXPECT_EQ(bf16.weights().memory_bytes, 2u * bf16.weights().parameters + 2 * corrections);
 }
 
+// Everything but the routed experts is on every rank; those are on one rank each.
+TEST(MemoryPlanTest, RanksShareTheRoutedExperts) {
+  const ModelConfig config = ConfigOf("deploy/configs/deepseek-v3.json");
+  const MemoryPlan whole = MakeMemoryPlan(config, {});
+  for (const int32_t world_size : {1, 2, 16, 24, 300}) {
+    MemoryPlan::Part routed;
+    for (int32_t rank = 0; rank < world_size; ++rank) {
+      const MemoryPlan plan =
+          MakeMemoryPlan(config, {.placement = {.rank = rank, .world_size = world_size}});
+      for (int i = 0; i < kNumWeightParts; ++i) {
+        const auto part = static_cast<WeightPart>(i);
+        if (part == WeightPart::kRoutedExperts || part == WeightPart::kMtp) continue;
+        ASSERT_EQ(plan.part(part).memory_bytes, whole.part(part).memory_bytes);
+      }
+      routed.parameters += plan.part(WeightPart::kRoutedExperts).parameters;
+      routed.stored_bytes += plan.part(WeightPart::kRoutedExperts).stored_bytes;
+      routed.memory_bytes += plan.part(WeightPart::kRoutedExperts).memory_bytes;
+    }
+    EXPECT_EQ(routed.parameters, whole.part(WeightPart::kRoutedExperts).parameters);
+    EXPECT_EQ(routed.stored_bytes, whole.part(WeightPart::kRoutedExperts).stored_bytes);
+    EXPECT_EQ(routed.memory_bytes, whole.part(WeightPart::kRoutedExperts).memory_bytes);
+  }
+}
+
 TEST(MemoryPlanTest, Fits) {
   const ModelConfig config = ConfigOf("deploy/demo-model/config.json");
   const MemoryPlan plan = MakeMemoryPlan(config, {.num_blocks = 100});

@@ -311,6 +311,80 @@ TEST(LoadWeightsTest, Truncated) {
   EXPECT_THAT(Message(Load(dir.path())), HasSubstr("truncated"));
 }
 
+// What a rank reads: its own experts and all else.
+TEST(LoadWeightsTest, ARankHasTheViewsOfItsExperts) {
+  const auto config = LoadModelConfig(kDemoModel);
+  ASSERT_TRUE(config.ok());
+  const auto whole = Load(kDemoModel);
+  ASSERT_TRUE(whole.ok());
+  uint64_t whole_bytes = 0;
+  const auto count = [](uint64_t* bytes) { return [bytes](uint64_t, uint64_t t) { *bytes = t; }; };
+  ASSERT_TRUE(LoadWeights(*config, kDemoModel, LoadFormat::kSafetensors, count(&whole_bytes)).ok());
+  uint64_t expert_bytes = 0;
+  for (const LinearWeight* linear :
+       {&whole->layers[1].moe.experts[0].gate_proj, &whole->layers[1].moe.experts[0].up_proj,
+        &whole->layers[1].moe.experts[0].down_proj}) {
+    expert_bytes += 4 * (linear->weight.num_bytes() + linear->scale_inv.num_bytes());  // 4 layers
+  }
+  for (const int32_t world_size : {2, 3, 16, 20}) {
+    for (int32_t rank = 0; rank < world_size; ++rank) {
+      const Placement placement{.rank = rank, .world_size = world_size};
+      const ExpertRange experts = placement.Experts(16);
+      uint64_t bytes = 0;
+      const auto slice =
+          LoadWeights(*config, kDemoModel, LoadFormat::kSafetensors, count(&bytes), placement);
+      ASSERT_TRUE(slice.ok()) << slice.status();
+      EXPECT_EQ(bytes, whole_bytes - (16 - experts.count) * expert_bytes);
+      const LayerWeights &mine = slice->layers[4], &all = whole->layers[4];
+      ASSERT_EQ(mine.moe.experts.size(), 16u);
+      for (int32_t e = 0; e < 16; ++e) {
+        const LinearWeight& up = mine.moe.experts[e].up_proj;
+        EXPECT_EQ(up.weight.empty(), !experts.contains(e));
+        EXPECT_EQ(up.scale_inv.empty(), !experts.contains(e));
+        if (up.weight.empty()) continue;
+        EXPECT_EQ(std::memcmp(up.weight.data, all.moe.experts[e].up_proj.weight.data,
+                              up.weight.num_bytes()),
+                  0);
+      }
+      EXPECT_FALSE(mine.moe.gate.empty());
+      EXPECT_FALSE(mine.moe.shared_experts.down_proj.weight.empty());
+    }
+  }
+}
+
+// A rank checks the other ranks' experts too: the whole group refuses a checkpoint, or none of it.
+TEST(LoadWeightsTest, ARankChecksEveryExpert) {
+  TempDir dir;
+  TinyCheckpoint checkpoint = TinyCheckpoint::Load(kVariants / "base");
+  checkpoint.tensors.erase("model.layers.1.mlp.experts.7.up_proj.weight");
+  checkpoint.Save(dir.path());
+  const auto config = LoadModelConfig(dir.path());
+  ASSERT_TRUE(config.ok());
+  EXPECT_THAT(Message(LoadWeights(*config, dir.path(), LoadFormat::kSafetensors, nullptr,
+                                  {.rank = 0, .world_size = 4})),
+              HasSubstr("'model.layers.1.mlp.experts.7.up_proj.weight' [16, 32] is missing"));
+}
+
+TEST(DummyWeightsTest, ARankMakesTheSameAsOneAlone) {
+  for (const char* variant : {"base", "fp8"}) {
+    const auto config = LoadModelConfig(kVariants / variant);
+    ASSERT_TRUE(config.ok());
+    const auto whole = LoadWeights(*config, "", LoadFormat::kDummy, nullptr);
+    const Placement placement{.rank = 1, .world_size = 3};
+    const auto slice = LoadWeights(*config, "", LoadFormat::kDummy, nullptr, placement);
+    ASSERT_TRUE(whole.ok() && slice.ok());
+    const ExpertRange experts = placement.Experts(config->n_routed_experts);
+    for (int32_t e = 0; e < config->n_routed_experts; ++e) {
+      const LinearWeight& mine = slice->layers[1].moe.experts[e].down_proj;
+      ASSERT_EQ(mine.weight.empty(), !experts.contains(e));
+      if (mine.weight.empty()) continue;
+      const LinearWeight& all = whole->layers[1].moe.experts[e].down_proj;
+      EXPECT_EQ(std::memcmp(mine.weight.data, all.weight.data, all.weight.num_bytes()), 0);
+    }
+    EXPECT_EQ(std::memcmp(slice->lm_head.data, whole->lm_head.data, whole->lm_head.num_bytes()), 0);
+  }
+}
+
 TEST(MapWeightsTest, SameViewsAsLoadWeights) {
   const auto config = LoadModelConfig(kDemoModel);
   ASSERT_TRUE(config.ok());
