@@ -10,12 +10,14 @@ import subprocess
 import sys
 
 # Folder -> what of ours it may include (prefixes). The longest matching folder decides.
+UPWARD = ['engine/engine.h', 'engine/group_member.h', 'engine/status.h', 'engine/step.h']
+SHARED = ['engine/plan_check.h', 'engine/plan_split.h', 'engine/sampling.h', 'engine/trace_sink.h']  # by all engines
 OURS = {
-    'engine/': ['engine/engine.h', 'engine/plan_check.h', 'engine/sampling.h', 'engine/status.h', 'engine/step.h', 'engine/trace_sink.h'],
+    'engine/': [*UPWARD, *SHARED, 'engine/local_group.h'],
     'engine/model/': ['engine/status.h', 'engine/step.h', 'engine/model/'],  # step.h: what a block of the cache is
     'engine/comm/': ['engine/status.h', 'engine/model/', 'engine/comm/'],
-    'engine/cpu/': ['engine/engine.h', 'engine/plan_check.h', 'engine/sampling.h', 'engine/status.h', 'engine/step.h', 'engine/trace_sink.h', 'engine/model/', 'engine/comm/', 'engine/cpu/'],
-    'engine/cuda/': ['engine/engine.h', 'engine/plan_check.h', 'engine/sampling.h', 'engine/status.h', 'engine/step.h', 'engine/trace_sink.h', 'engine/model/', 'engine/comm/', 'engine/cuda/'],
+    'engine/cpu/': [*UPWARD, *SHARED, 'engine/model/', 'engine/comm/', 'engine/cpu/'],
+    'engine/cuda/': [*UPWARD, *SHARED, 'engine/model/', 'engine/comm/', 'engine/cuda/'],
     'scheduler/': ['engine/engine.h', 'engine/step.h', 'engine/status.h', 'scheduler/'],
     # The text layer needs no other layer: it is tested, fuzzed and could be taken out alone.
     'server/text/': ['engine/status.h', 'engine/step.h', 'server/text/'],
