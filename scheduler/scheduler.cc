@@ -1,14 +1,18 @@
 #include "scheduler/scheduler.h"
 
 #include <algorithm>
-#include <limits>
 #include <string>
 
+#include "absl/container/inlined_vector.h"
 #include "absl/strings/str_cat.h"
 #include "engine/status.h"
 
 namespace latentd {
 namespace {
+
+// Ranks whose room is within so small a part of the most room are as good: there a sequence's
+// cached prefix, and the step's even load, count for more.
+constexpr int32_t kRoomShare = 8;
 
 absl::Status CheckTokens(const std::vector<TokenId>& tokens, absl::string_view field,
                          int32_t vocab_size) {
@@ -83,7 +87,7 @@ Scheduler::Scheduler(const SchedulerConfig& config, const EngineInfo& engine, Bl
       max_running_(std::min(config.max_running, engine.max_sequences)) {
   LATENTD_CHECK(max_step_tokens_ > 0 && max_running_ > 0 && engine.num_dp_ranks > 0);
   for (int32_t rank = 0; rank < engine.num_dp_ranks; ++rank) {
-    pools_.emplace_back(engine.num_blocks, options.block_size);
+    ranks_.emplace_back(engine.num_blocks, options.block_size);
   }
 }
 
@@ -118,28 +122,29 @@ void Scheduler::Cancel(RequestId id) {
 StepPlan Scheduler::Schedule() {
   LATENTD_CHECK(!in_step_);
   started_.clear();
-  budget_ = max_step_tokens_;
-  const int64_t num_preemptions = num_preemptions_;
+  for (Rank& rank : ranks_) {
+    rank.budget = max_step_tokens_;
+    rank.preempted = false;
+  }
   ContinueRunning();
-  // After a preemption, whom to admit? The preempted would come right back, or younger ones would
-  // take their place.
-  if (num_preemptions_ == num_preemptions) AdmitWaiting();
+  AdmitWaiting();
   return MakePlan();
 }
 
 void Scheduler::ContinueRunning() {
   const std::vector<Sequence*> oldest_first = running_;
   for (Sequence* sequence : oldest_first) {
-    if (budget_ == 0) return;
     if (!sequence->running) continue;  // preempted by an older one
+    const int32_t budget = ranks_[sequence->dp_rank()].budget;
+    if (budget == 0) continue;
     const int32_t num_computed = sequence->num_computed_tokens();
-    const int32_t num_tokens = std::min(sequence->num_tokens() - num_computed, budget_);
+    const int32_t num_tokens = std::min(sequence->num_tokens() - num_computed, budget);
     if (MakeRoom(sequence, num_computed + num_tokens)) AddShare(sequence, num_tokens);
   }
 }
 
 bool Scheduler::MakeRoom(Sequence* sequence, int32_t num_tokens) {
-  const BlockPool& pool = pools_[sequence->dp_rank()];
+  const BlockPool& pool = ranks_[sequence->dp_rank()].pool;
   const int32_t num_blocks = sequence->BlocksFor(num_tokens);
   while (pool.num_free() < num_blocks) {
     Sequence* victim = FindVictim(sequence->dp_rank());
@@ -159,12 +164,14 @@ Sequence* Scheduler::FindVictim(int32_t dp_rank) const {
 }
 
 void Scheduler::Preempt(Sequence* sequence) {
+  Rank& rank = ranks_[sequence->dp_rank()];
+  rank.preempted = true;
   // It may have its share of this step already: an older one of lower priority.
   const auto share = std::find_if(shares_.begin(), shares_.end(), [sequence](const Share& share) {
     return share.sequence == sequence;
   });
   if (share != shares_.end()) {
-    budget_ += share->num_tokens;
+    rank.budget += share->num_tokens;
     shares_.erase(share);
   }
   ++num_preemptions_;
@@ -172,40 +179,58 @@ void Scheduler::Preempt(Sequence* sequence) {
   std::erase(running_, sequence);
 }
 
-// With budget left, every running sequence has its blocks for all the tokens it has: what is free
-// now is spoken for by nobody.
 void Scheduler::AdmitWaiting() {
-  while (budget_ > 0 && !waiting_.empty() && num_running() < max_running_) {
+  while (!waiting_.empty()) {
     Sequence* sequence = waiting_.begin()->second;
     const int32_t rank = ChooseRank(sequence);
     if (rank < 0) return;
     waiting_.erase(waiting_.begin());
     Run(sequence, rank);
-    AddShare(sequence, std::min(sequence->num_tokens() - sequence->num_computed_tokens(), budget_));
+    AddShare(sequence, std::min(sequence->num_tokens() - sequence->num_computed_tokens(),
+                                ranks_[rank].budget));
   }
 }
 
 int32_t Scheduler::ChooseRank(Sequence* sequence) const {
-  int32_t best_rank = -1;
-  int32_t most_room = std::numeric_limits<int32_t>::min();
+  struct Choice {
+    int32_t rank;
+    int32_t room;  // blocks left behind it; a cached block counts as room
+    int64_t work;  // tokens that the rank has to compute with it
+  };
+  absl::InlinedVector<Choice, 32> choices;
+  int32_t most_room = 0;
   const int32_t num_blocks = sequence->BlocksFor(sequence->num_tokens());
-  for (int32_t rank = 0; rank < static_cast<int32_t>(pools_.size()); ++rank) {
-    const Sequence::PrefixHit hit = sequence->FindPrefix(pools_[rank]);
-    const int32_t num_free = pools_[rank].num_free();
+  for (int32_t i = 0; i < static_cast<int32_t>(ranks_.size()); ++i) {
+    const Rank& rank = ranks_[i];
+    // With budget left, every running sequence of the rank has its blocks for all the tokens it
+    // has: what is free now is spoken for by nobody. After a preemption, whom to admit? The
+    // preempted would come right back, or younger ones would take their place.
+    if (rank.budget == 0 || rank.preempted || rank.num_running >= max_running_) continue;
+    const Sequence::PrefixHit hit = sequence->FindPrefix(rank.pool);
+    const int32_t num_free = rank.pool.num_free();
     const int32_t num_to_compute = num_blocks - hit.num_blocks;
     if (num_to_compute + hit.num_free_blocks > num_free) continue;
     const int32_t room = num_free - num_to_compute;
-    if (room > most_room) {
-      most_room = room;
-      best_rank = rank;
+    const int64_t num_cached = int64_t{hit.num_blocks} * options_.block_size;
+    const int64_t work = max_step_tokens_ - rank.budget + sequence->num_tokens() - num_cached;
+    choices.push_back({.rank = i, .room = room, .work = work});
+    most_room = std::max(most_room, room);
+  }
+  const Choice* best = nullptr;
+  for (const Choice& choice : choices) {
+    if (choice.room < most_room - most_room / kRoomShare) continue;
+    if (best == nullptr || choice.work < best->work ||
+        (choice.work == best->work && choice.room > best->room)) {
+      best = &choice;
     }
   }
-  return best_rank;
+  return best == nullptr ? -1 : best->rank;
 }
 
 void Scheduler::Run(Sequence* sequence, int32_t rank) {
-  sequence->TakePrefix(&pools_[rank], rank);
+  sequence->TakePrefix(&ranks_[rank].pool, rank);
   sequence->running = true;
+  ++ranks_[rank].num_running;
   running_.insert(std::upper_bound(running_.begin(), running_.end(), sequence,
                                    [](const Sequence* a, const Sequence* b) {
                                      return a->arrival() < b->arrival();
@@ -220,9 +245,10 @@ void Scheduler::Run(Sequence* sequence, int32_t rank) {
 }
 
 void Scheduler::AddShare(Sequence* sequence, int32_t num_tokens) {
-  sequence->Reserve(&pools_[sequence->dp_rank()], sequence->num_computed_tokens() + num_tokens);
+  Rank& rank = ranks_[sequence->dp_rank()];
+  sequence->Reserve(&rank.pool, sequence->num_computed_tokens() + num_tokens);
   shares_.push_back({sequence, num_tokens});
-  budget_ -= num_tokens;
+  rank.budget -= num_tokens;
 }
 
 StepPlan Scheduler::MakePlan() {
@@ -295,7 +321,7 @@ absl::StatusOr<std::vector<SequenceEvent>> Scheduler::Update(const StepPlan& pla
   auto sampled = result.sampled.begin();
   for (const auto& [sequence, num_tokens] : shares_) {
     sequence->scheduled = false;
-    BlockPool* cache = config_.prefix_caching ? &pools_[sequence->dp_rank()] : nullptr;
+    BlockPool* cache = config_.prefix_caching ? &ranks_[sequence->dp_rank()].pool : nullptr;
     sequence->Advance(num_tokens, cache);
     const bool drew = sequence->num_computed_tokens() == sequence->num_tokens();
     const TokenId token = drew ? *sampled++ : 0;
@@ -313,6 +339,31 @@ absl::StatusOr<std::vector<SequenceEvent>> Scheduler::Update(const StepPlan& pla
   return events;
 }
 
+std::vector<SequenceEvent> Scheduler::Restart(const StepPlan& plan, const absl::Status& error) {
+  LATENTD_CHECK(in_step_ && plan.step == next_step_ - 1);
+  ++num_restarts_;
+  std::vector<SequenceEvent> events;
+  std::vector<Sequence*> ended;
+  for (const Share& share : shares_) share.sequence->scheduled = false;
+  for (Sequence* sequence : running_) {
+    if (sequence->cancelled) {
+      ended.push_back(sequence);
+    } else if (++sequence->num_lost > config_.max_recoveries) {
+      events.push_back(FailedEvent(
+          sequence->id(),
+          absl::UnavailableError(absl::StrCat(
+              "the engine lost ", sequence->num_lost, " steps of this request; max_recoveries is ",
+              config_.max_recoveries, "; the last one: ", error.message()))));
+      ended.push_back(sequence);
+    }
+  }
+  EndStep();
+  Forget(ended);
+  num_recovered_ += num_running();
+  SuspendAll();
+  return events;
+}
+
 std::vector<SequenceEvent> Scheduler::Abort(const StepPlan& plan, const absl::Status& error) {
   LATENTD_CHECK(in_step_ && plan.step == next_step_ - 1);
   std::vector<SequenceEvent> events;
@@ -324,9 +375,7 @@ std::vector<SequenceEvent> Scheduler::Abort(const StepPlan& plan, const absl::St
   }
   EndStep();
   Forget(ended);
-  for (Sequence* sequence : running_) Suspend(sequence);
-  running_.clear();
-  for (BlockPool& pool : pools_) pool.DropCache();
+  SuspendAll();
   return events;
 }
 
@@ -343,13 +392,24 @@ std::vector<SequenceEvent> Scheduler::FailAll(const absl::Status& error) {
 void Scheduler::Suspend(Sequence* sequence) {
   sequence->Restart();
   sequence->running = false;
+  --ranks_[sequence->dp_rank()].num_running;
   waiting_.emplace(KeyOf(*sequence), sequence);
+}
+
+void Scheduler::SuspendAll() {
+  for (Sequence* sequence : running_) Suspend(sequence);
+  running_.clear();
+  for (Rank& rank : ranks_) rank.pool.DropCache();
 }
 
 void Scheduler::Forget(absl::Span<Sequence* const> sequences) {
   if (sequences.empty()) return;
   for (Sequence* sequence : sequences) {
-    if (!sequence->running) waiting_.erase(KeyOf(*sequence));
+    if (sequence->running) {
+      --ranks_[sequence->dp_rank()].num_running;
+    } else {
+      waiting_.erase(KeyOf(*sequence));
+    }
     if (!sequence->started) --num_not_started_;
     sequence->running = false;
   }
@@ -367,19 +427,23 @@ Scheduler::WaitingKey Scheduler::KeyOf(const Sequence& sequence) {
 }
 
 int32_t Scheduler::num_blocks() const {
-  return static_cast<int32_t>(pools_.size()) * engine_.num_blocks;
+  return static_cast<int32_t>(ranks_.size()) * engine_.num_blocks;
 }
 
 int32_t Scheduler::num_free_blocks() const {
   int32_t num_free = 0;
-  for (const BlockPool& pool : pools_) num_free += pool.num_free();
+  for (const Rank& rank : ranks_) num_free += rank.pool.num_free();
   return num_free;
+}
+
+Scheduler::RankLoad Scheduler::load(int32_t dp_rank) const {
+  const Rank& rank = ranks_[dp_rank];
+  return {.num_running = rank.num_running, .num_free_blocks = rank.pool.num_free()};
 }
 
 void Scheduler::CheckInvariants() const {
   // A sequence is in exactly one of waiting and running, each in its order.
   LATENTD_CHECK(sequences_.size() == waiting_.size() + running_.size());
-  LATENTD_CHECK(num_running() <= max_running_);
   LATENTD_CHECK(num_not_started_ <= config_.max_waiting);
   int32_t num_not_started = 0;
   for (const auto& [key, sequence] : waiting_) {
@@ -391,8 +455,14 @@ void Scheduler::CheckInvariants() const {
     LATENTD_CHECK(running_[i]->running && running_[i]->started);
     LATENTD_CHECK(i == 0 || running_[i - 1]->arrival() < running_[i]->arrival());
   }
+  std::vector<int32_t> num_running(ranks_.size());
+  for (const Sequence* sequence : running_) ++num_running[sequence->dp_rank()];
+  for (size_t rank = 0; rank < ranks_.size(); ++rank) {
+    LATENTD_CHECK(num_running[rank] == ranks_[rank].num_running);
+    LATENTD_CHECK(num_running[rank] <= max_running_);
+  }
   // A table covers what is computed and what the step under way computes, no more.
-  int32_t num_scheduled_tokens = 0;
+  std::vector<int32_t> num_scheduled_tokens(ranks_.size());
   for (const auto& [sequence, num_tokens] : shares_) {
     LATENTD_CHECK(in_step_ && sequence->running && sequence->scheduled && num_tokens > 0);
     const int32_t num_covered = sequence->num_computed_tokens() + num_tokens;
@@ -400,11 +470,13 @@ void Scheduler::CheckInvariants() const {
     LATENTD_CHECK(sequence->BlocksFor(num_covered) == 0);
     LATENTD_CHECK(sequence->table().size() ==
                   (num_covered + options_.block_size - 1) / options_.block_size);
-    num_scheduled_tokens += num_tokens;
+    num_scheduled_tokens[sequence->dp_rank()] += num_tokens;
   }
-  LATENTD_CHECK(num_scheduled_tokens <= max_step_tokens_);
+  for (const int32_t num_tokens : num_scheduled_tokens) {
+    LATENTD_CHECK(num_tokens <= max_step_tokens_);
+  }
   // The references of a block are the tables that list it; what is still written has one.
-  std::vector<std::vector<int32_t>> uses(pools_.size(), std::vector<int32_t>(engine_.num_blocks));
+  std::vector<std::vector<int32_t>> uses(ranks_.size(), std::vector<int32_t>(engine_.num_blocks));
   for (const auto& [id, sequence] : sequences_) {
     sequence->CheckInvariants();
     for (const BlockId block : sequence->table().blocks()) ++uses[sequence->dp_rank()][block];
@@ -415,10 +487,10 @@ void Scheduler::CheckInvariants() const {
       LATENTD_CHECK(uses[sequence->dp_rank()][table[i]] == 1);
     }
   }
-  for (size_t rank = 0; rank < pools_.size(); ++rank) {
-    pools_[rank].CheckInvariants();
+  for (size_t rank = 0; rank < ranks_.size(); ++rank) {
+    ranks_[rank].pool.CheckInvariants();
     for (BlockId block = 0; block < engine_.num_blocks; ++block) {
-      LATENTD_CHECK(pools_[rank].num_references(block) == uses[rank][block]);
+      LATENTD_CHECK(ranks_[rank].pool.num_references(block) == uses[rank][block]);
     }
   }
 }

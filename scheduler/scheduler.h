@@ -21,10 +21,11 @@
 namespace latentd {
 
 struct SchedulerConfig {
-  int32_t max_step_tokens = 8192;  // >= 1: token budget of a step; never more than the engine's
-  int32_t max_running = 256;       // >= 1: sequences in a step; never more than the engine's
+  int32_t max_step_tokens = 8192;  // >= 1: tokens of one rank in a step; at most the engine's
+  int32_t max_running = 256;       // >= 1: running sequences of one rank; at most the engine's
   int32_t max_waiting = 1024;  // >= 1: requests not begun yet; beyond this, a request is refused
   bool prefix_caching = true;
+  int32_t max_recoveries = 2;  // >= 0: lost steps that a request survives; the next one fails it
 };
 
 // OK when `request` is well-formed and could run alone on an empty engine; else INVALID_ARGUMENT
@@ -36,14 +37,14 @@ absl::Status CheckRequest(const Request& request, const EngineInfo& engine,
 //
 //   plan   = scheduler.Schedule();
 //   result = engine.Execute(plan);
-//   events = scheduler.Update(plan, result);     or scheduler.Abort(plan, error)
+//   events = scheduler.Update(plan, result);     or Restart(plan, error), or Abort(plan, error)
 //
 // Pure bookkeeping: no threads, no clock, no I/O, no device. The same calls give the same plans.
 // The policy and the invariants are in README.md. Not thread-safe; EngineCore owns it.
 //
-// From Schedule() to Update() or Abort() a step is under way: the engine may be writing the blocks
-// of its plan. None of them is handed out before the step is over, because only Schedule() hands
-// out blocks and it must not be called within a step; Cancel() may be.
+// From Schedule() to Update(), Restart() or Abort() a step is under way: the engine may be writing
+// the blocks of its plan. None of them is handed out before the step is over, because only
+// Schedule() hands out blocks and it must not be called within a step; Cancel() may be.
 class Scheduler {
  public:
   // What only tests change.
@@ -78,7 +79,12 @@ class Scheduler {
   // the plan; then nothing has changed and the step is to be ended by Abort().
   absl::StatusOr<std::vector<SequenceEvent>> Update(const StepPlan& plan, const StepResult& result);
 
-  // Ends the step under way after an error of the engine, whose cache is undefined now: the
+  // Ends the step under way after the engine lost it (ABORTED), and with it the whole cache: all
+  // running sequences wait to be computed again from their first token, and keep what they have
+  // drawn. Those for which it is one loss more than max_recoveries fail with UNAVAILABLE.
+  std::vector<SequenceEvent> Restart(const StepPlan& plan, const absl::Status& error);
+
+  // Ends the step under way after another error of the engine, whose cache is undefined now: the
   // sequences of the plan fail with `error`; the other running ones wait to be computed again from
   // their first token; nothing is cached any more.
   std::vector<SequenceEvent> Abort(const StepPlan& plan, const absl::Status& error);
@@ -96,8 +102,16 @@ class Scheduler {
   int32_t num_blocks() const;                                   // all dp_ranks
   int32_t num_free_blocks() const;                              // all dp_ranks
   int64_t num_preemptions() const { return num_preemptions_; }
+  int64_t num_restarts() const { return num_restarts_; }    // steps that Restart() ended
+  int64_t num_recovered() const { return num_recovered_; }  // running sequences, over all of those
   int64_t prompt_tokens() const { return prompt_tokens_; }  // of started requests
   int64_t cached_tokens() const { return cached_tokens_; }  // of those, found in the cache
+
+  struct RankLoad {
+    int32_t num_running = 0;
+    int32_t num_free_blocks = 0;
+  };
+  RankLoad load(int32_t dp_rank) const;
 
   // Aborts unless the invariants hold. O(everything); for tests.
   void CheckInvariants() const;
@@ -106,6 +120,16 @@ class Scheduler {
   // Waiting requests in the order of their admission: by priority, then by arrival.
   using WaitingKey = std::pair<int64_t, int64_t>;  // -priority, arrival
   static WaitingKey KeyOf(const Sequence& sequence);
+
+  // One attention replica, and what the step being planned has left for it.
+  struct Rank {
+    Rank(int32_t num_blocks, int32_t block_size) : pool(num_blocks, block_size) {}
+
+    BlockPool pool;
+    int32_t num_running = 0;
+    int32_t budget = 0;      // tokens
+    bool preempted = false;  // somebody, in this step
+  };
 
   // A sequence's share of the step under way, in plan order.
   struct Share {
@@ -124,7 +148,8 @@ class Scheduler {
   Sequence* FindVictim(int32_t dp_rank) const;
   void Preempt(Sequence* sequence);
 
-  // The rank with the most room for a waiting sequence, or -1 if it fits nowhere now.
+  // The rank for a waiting sequence, or -1 if none takes it now: of those with about the most room
+  // the one that has least to compute in this step.
   int32_t ChooseRank(Sequence* sequence) const;
   void Run(Sequence* sequence, int32_t rank);  // one that is in waiting_ no more
   // Takes a running sequence's next tokens into the step. REQUIRES: there is room for them.
@@ -132,16 +157,17 @@ class Scheduler {
 
   absl::Status CheckResult(const StepPlan& plan, const StepResult& result) const;
   void Suspend(Sequence* sequence);  // into waiting_, nothing computed; the caller tends running_
+  void SuspendAll();                 // the running ones; and nothing is cached any more
   void Forget(absl::Span<Sequence* const> sequences);
   void EndStep();
 
   const SchedulerConfig config_;
   const EngineInfo engine_;
   const BlockOptions options_;
-  const int32_t max_step_tokens_;  // the lower of the configured and the engine's
+  const int32_t max_step_tokens_;  // of a rank: the lower of the configured and the engine's
   const int32_t max_running_;      // likewise
 
-  std::deque<BlockPool> pools_;  // [num_dp_ranks]; before the sequences, whose tables refer to them
+  std::deque<Rank> ranks_;  // [num_dp_ranks]; before the sequences, whose tables refer to the pools
   absl::flat_hash_map<RequestId, std::unique_ptr<Sequence>> sequences_;  // each waits or runs
   absl::btree_map<WaitingKey, Sequence*> waiting_;
   std::vector<Sequence*> running_;  // oldest first
@@ -150,11 +176,12 @@ class Scheduler {
 
   int64_t next_step_ = 0;
   bool in_step_ = false;
-  int32_t budget_ = 0;  // tokens that the step being planned has left
   std::vector<Share> shares_;
   std::vector<SequenceEvent> started_;
 
   int64_t num_preemptions_ = 0;
+  int64_t num_restarts_ = 0;
+  int64_t num_recovered_ = 0;
   int64_t prompt_tokens_ = 0;
   int64_t cached_tokens_ = 0;
 };

@@ -76,6 +76,7 @@ class Sequence {
   bool started = false;    // was admitted at least once
   bool scheduled = false;  // is in the plan of the step under way
   bool cancelled = false;  // while that step ran
+  int32_t num_lost = 0;    // lost steps that it was running in
 
  private:
   BlockContent ContentOf(int32_t block_index, ContentId previous);

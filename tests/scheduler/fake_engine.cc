@@ -48,6 +48,7 @@ absl::StatusOr<StepResult> FakeEngine::Execute(const StepPlan& plan) {
   const absl::Time start = absl::Now();
   ++num_steps_;
   if (lost_) return absl::UnavailableError("injected loss");
+  if (!is_there_ || num_unready_looks_ > 0) return absl::AbortedError("a rank is missing");
   RETURN_IF_ERROR(CheckPlan(plan));
   StepResult result;
   Offsets at;
@@ -68,11 +69,22 @@ absl::StatusOr<StepResult> FakeEngine::Execute(const StepPlan& plan) {
   if (options_.step_delay > absl::ZeroDuration()) {
     absl::SleepFor(options_.step_delay - (absl::Now() - start));
   }
-  if (ShouldFail()) {
+  if (Happens(&num_steps_to_fail_, options_.failure_probability)) {
     RuinCache();
     return absl::UnavailableError("injected failure");
   }
+  if (Happens(&num_steps_to_abort_, options_.abort_probability)) {
+    RuinCache();
+    num_unready_looks_ = static_cast<int>(random_() % (options_.max_unready_looks + 1));
+    return absl::AbortedError("injected loss of a rank");
+  }
   return result;
+}
+
+bool FakeEngine::ready() const {
+  if (num_unready_looks_ == 0) return is_there_;
+  --num_unready_looks_;
+  return false;
 }
 
 // Fills the slots of the step and returns the hash of all the sequence's KV.
@@ -143,17 +155,19 @@ std::vector<TokenId> FakeEngine::Expected(const Request& request) const {
 absl::Status FakeEngine::CheckPlan(const StepPlan& plan) const {
   if (plan.empty()) return absl::InvalidArgumentError("plan has no sequences");
   const EngineInfo& info = options_.info;
-  if (static_cast<int64_t>(plan.sequences.size()) > info.max_sequences) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "plan has ", plan.sequences.size(), " sequences; the limit is ", info.max_sequences));
-  }
-  if (static_cast<int64_t>(plan.tokens.size()) > info.max_step_tokens) {
-    return absl::InvalidArgumentError(absl::StrCat("plan has ", plan.tokens.size(),
-                                                   " tokens; the limit is ", info.max_step_tokens));
-  }
+  std::vector<int32_t> num_sequences(info.num_dp_ranks), num_tokens(info.num_dp_ranks);
   Offsets at;
   for (const SequenceStep& step : plan.sequences) {
     RETURN_IF_ERROR(CheckSequence(step, plan, at));
+    if (++num_sequences[step.dp_rank] > info.max_sequences) {
+      return Breach(step, "is one more than the ", info.max_sequences, " that rank ", step.dp_rank,
+                    " takes");
+    }
+    num_tokens[step.dp_rank] += step.num_tokens;
+    if (num_tokens[step.dp_rank] > info.max_step_tokens) {
+      return Breach(step, "makes ", num_tokens[step.dp_rank], " tokens on rank ", step.dp_rank,
+                    "; the limit is ", info.max_step_tokens);
+    }
     at.token += step.num_tokens;
     at.block += step.num_blocks;
     at.suppressed += step.num_suppressed;
@@ -228,12 +242,12 @@ absl::Status FakeEngine::CheckAliasing(const StepPlan& plan) const {
   return absl::OkStatus();
 }
 
-bool FakeEngine::ShouldFail() {
-  if (num_steps_to_fail_ > 0) {
-    --num_steps_to_fail_;
+bool FakeEngine::Happens(std::atomic<int>* forced, double probability) {
+  if (*forced > 0) {
+    --*forced;
     return true;
   }
-  return options_.failure_probability > 0 && Uniform(random_()) < options_.failure_probability;
+  return probability > 0 && Uniform(random_()) < probability;
 }
 
 void FakeEngine::RuinCache() {

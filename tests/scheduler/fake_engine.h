@@ -34,7 +34,9 @@ struct FakeEngineOptions {
 
   absl::Duration step_delay = absl::ZeroDuration();  // a step takes at least this long
   double failure_probability = 0;  // of a step failing with UNAVAILABLE and ruining the cache
-  uint64_t failure_seed = 0;       // draws the steps that fail
+  double abort_probability = 0;    // of a step failing with ABORTED and ruining the cache
+  int max_unready_looks = 0;  // after ABORTED, ready() is false when it is asked so often, at most
+  uint64_t failure_seed = 0;  // draws what fails, and for how long
 };
 
 // An engine without a model, whose answers tell whether the scheduler kept its books.
@@ -45,7 +47,7 @@ struct FakeEngineOptions {
 // and Expected() says what it should have been. Before anything runs, each plan is checked against
 // the contract of step.h and engine.h; a breach is INVALID_ARGUMENT and ruins nothing.
 //
-// Thread rule as Engine; fail_next_steps(), lose() and num_steps() from any thread.
+// Thread rule as Engine; abort_next_steps() to num_steps() from any thread.
 class FakeEngine : public Engine {
  public:
   explicit FakeEngine(const FakeEngineOptions& options = {});
@@ -55,6 +57,13 @@ class FakeEngine : public Engine {
 
   // The tokens that `request` gets, to its end. Needs no cache.
   std::vector<TokenId> Expected(const Request& request) const;
+
+  // The next `count` steps fail with ABORTED.
+  void abort_next_steps(int count) { num_steps_to_abort_ = count; }
+
+  // From now on as if a rank were missing: steps fail with ABORTED; or no more.
+  void set_ready(bool ready) { is_there_ = ready; }
+  bool ready() const override;
 
   // The next `count` steps fail with UNAVAILABLE.
   void fail_next_steps(int count) { num_steps_to_fail_ = count; }
@@ -81,12 +90,15 @@ class FakeEngine : public Engine {
   uint64_t Compute(const SequenceStep& step, const StepPlan& plan, Offsets at);
   TokenId Draw(uint64_t context, int32_t position, const SamplingParams& sampling,
                absl::Span<const TokenId> suppressed) const;
-  bool ShouldFail();
+  bool Happens(std::atomic<int>* forced, double probability);
   void RuinCache();
 
   const FakeEngineOptions options_;
   std::vector<std::vector<uint64_t>> cache_;  // [num_dp_ranks][num_blocks * block_size]
   std::mt19937_64 random_;
+  std::atomic<int> num_steps_to_abort_ = 0;
+  std::atomic<bool> is_there_ = true;
+  mutable std::atomic<int> num_unready_looks_ = 0;  // that are still to come
   std::atomic<int> num_steps_to_fail_ = 0;
   std::atomic<bool> lost_ = false;
   std::atomic<int64_t> num_steps_ = 0;

@@ -73,7 +73,7 @@ BUGS = {
         ("scheduler.cc", ".dp_rank = sequence->dp_rank(),", ".dp_rank = BUG ? 0 : sequence->dp_rank(),"),
     ],
     "the prefix is taken from another rank's pool": [
-        ("scheduler.cc", "sequence->TakePrefix(&pools_[rank], rank);", "sequence->TakePrefix(&pools_[BUG ? 0 : rank], rank);"),
+        ("scheduler.cc", "sequence->TakePrefix(&ranks_[rank].pool, rank);", "sequence->TakePrefix(&ranks_[BUG ? 0 : rank].pool, rank);"),
     ],
     "tokens go to the wrong sequence": [
         ("scheduler.cc", "const TokenId token = drew ? *sampled++ : 0;", "const TokenId token = drew ? (BUG ? result.sampled.back() : *sampled++) : 0;"),
@@ -82,11 +82,11 @@ BUGS = {
         ("scheduler.cc", "    shares_.erase(share);", "    if (!BUG) shares_.erase(share);"),
     ],
     "the budget is not charged": [
-        ("scheduler.cc", "  budget_ -= num_tokens;", "  if (!BUG) budget_ -= num_tokens;"),
+        ("scheduler.cc", "  rank.budget -= num_tokens;", "  if (!BUG) rank.budget -= num_tokens;"),
     ],
     "max_running is not kept": [
-        ("scheduler.cc", "num_running() < max_running_) {", "num_running() < max_running_ + BUG) {"),
-        ("scheduler.cc", "LATENTD_CHECK(num_running() <= max_running_);", "LATENTD_CHECK(num_running() <= max_running_ + BUG);"),
+        ("scheduler.cc", "rank.num_running >= max_running_) continue;", "rank.num_running >= max_running_ + BUG) continue;"),
+        ("scheduler.cc", "LATENTD_CHECK(num_running[rank] <= max_running_);", "LATENTD_CHECK(num_running[rank] <= max_running_ + BUG);"),
     ],
     "the wait is first come, first served": [
         ("scheduler.cc", "return {-static_cast<int64_t>(sequence.priority()), sequence.arrival()};", "return {BUG ? 0 : -static_cast<int64_t>(sequence.priority()), sequence.arrival()};"),
@@ -102,10 +102,51 @@ BUGS = {
         ("sequence.cc", "num_new_tokens() < request_.max_new_tokens", "num_new_tokens() < request_.max_new_tokens + BUG"),
     ],
     "a failed step keeps the cache": [
-        ("scheduler.cc", "for (BlockPool& pool : pools_) pool.DropCache();", "if (!BUG) for (BlockPool& pool : pools_) pool.DropCache();"),
+        ("scheduler.cc", "for (Rank& rank : ranks_) rank.pool.DropCache();", "if (!BUG) for (Rank& rank : ranks_) rank.pool.DropCache();"),
     ],
     "a failed step lets the unplanned go on": [
-        ("scheduler.cc", "  for (Sequence* sequence : running_) Suspend(sequence);\n  running_.clear();", "  if (!BUG) {\n  for (Sequence* sequence : running_) Suspend(sequence);\n  running_.clear();\n  }"),
+        ("scheduler.cc", "  Forget(ended);\n  SuspendAll();\n  return events;", "  Forget(ended);\n  if (!BUG) SuspendAll();\n  return events;"),
+    ],
+    "a lost step lets its sequences go on": [
+        ("scheduler.cc", "  num_recovered_ += num_running();\n  SuspendAll();", "  num_recovered_ += num_running();\n  if (!BUG) SuspendAll();"),
+    ],
+    "a lost step is not counted": [
+        ("scheduler.cc", "++sequence->num_lost > config_.max_recoveries", "(BUG ? 0 : ++sequence->num_lost) > config_.max_recoveries"),
+    ],
+    "a lost step fails a request one recovery too early": [
+        ("scheduler.cc", ": ++sequence->num_lost) > config_.max_recoveries", ": ++sequence->num_lost) + BUG > config_.max_recoveries"),
+    ],
+    "a request that was cancelled in a lost step goes on": [
+        ("scheduler.cc", "    if (sequence->cancelled) {\n      ended.push_back(sequence);\n    } else if ((", "    if (sequence->cancelled && !BUG) {\n      ended.push_back(sequence);\n    } else if (("),
+    ],
+    "a lost step draws its tokens": [
+        ("scheduler.cc", "  for (const Share& share : shares_) share.sequence->scheduled = false;",
+         "  for (const Share& share : shares_) {\n    share.sequence->scheduled = false;\n"
+         "    if (BUG && share.sequence->num_new_tokens() + 1 < share.sequence->request().max_new_tokens) share.sequence->AppendToken(0);\n  }"),
+    ],
+    "a preempted sequence's tokens go to another rank's budget": [
+        ("scheduler.cc", "    rank.budget += share->num_tokens;", "    (BUG ? ranks_.front() : rank).budget += share->num_tokens;"),
+    ],
+    "the ranks share one budget": [
+        ("scheduler.cc", "const int32_t budget = ranks_[sequence->dp_rank()].budget;", "const int32_t budget = (BUG ? ranks_.front() : ranks_[sequence->dp_rank()]).budget;"),
+    ],
+    "a spent rank stops the others": [
+        ("scheduler.cc", "    if (budget == 0) continue;", "    if (budget == 0 && BUG) break;\n    if (budget == 0) continue;"),
+    ],
+    "a sequence goes to the first rank that takes it": [
+        ("scheduler.cc", "if (best == nullptr || choice.work < best->work ||", "if (best == nullptr || (choice.work < best->work && !BUG) ||"),
+        ("scheduler.cc", "(choice.work == best->work && choice.room > best->room)) {", "(choice.work == best->work && choice.room > best->room && !BUG)) {"),
+        ("scheduler.cc", "if (choice.room < most_room - most_room / kRoomShare) continue;", "if (choice.room < most_room - most_room / kRoomShare && !BUG) continue;"),
+    ],
+    "a sequence goes where it has least to wait, room or not": [
+        ("scheduler.cc", "most_room - most_room / kRoomShare && !", "most_room - most_room / kRoomShare && !BUG && !"),
+    ],
+    "of ranks with equal room the busiest is taken": [
+        ("scheduler.cc", "(choice.work < best->work && !", "((BUG ? choice.work > best->work : choice.work < best->work) && !"),
+    ],
+    "the first in line waits for a rank that is spent": [
+        ("scheduler.cc", "if (rank.budget == 0 || rank.preempted ||", "if ((rank.budget == 0 && !BUG) || rank.preempted ||"),
+        ("scheduler.cc", "    const int32_t rank = ChooseRank(sequence);\n    if (rank < 0) return;", "    const int32_t rank = ChooseRank(sequence);\n    if (rank < 0 || (BUG && ranks_[rank].budget == 0)) return;"),
     ],
     "admission counts the free blocks of a hit twice": [
         ("scheduler.cc", "if (num_to_compute + hit.num_free_blocks > num_free) continue;", "if (num_to_compute + (BUG ? 0 : hit.num_free_blocks) > num_free) continue;"),

@@ -50,6 +50,7 @@ class World {
     ++report_->num_worlds;
     report_->num_preemptions += scheduler_->num_preemptions();
     report_->num_cached_tokens += scheduler_->cached_tokens();
+    report_->num_recovered += scheduler_->num_recovered();
   }
 
  private:
@@ -59,6 +60,11 @@ class World {
     std::vector<TokenId> got;
     int64_t arrival = 0;
     bool started = false;
+    int32_t rank = -1;             // in the latest plan that had it
+    int32_t num_blocks = 0;        // its table there
+    int64_t num_preemptions = 0;   // of all, when that plan was made
+    int num_lost_steps_since = 0;  // since it started
+    int num_lost_steps = 0;        // of those, that computed it
   };
 
   int Pick(int low, int high) { return low + static_cast<int>(random_() % (high - low + 1)); }
@@ -83,12 +89,14 @@ class World {
                     .max_model_len = Pick(20, 60),
                     .vocab_size = Pick(4, 7)};
     options.failure_probability = OneIn(3) ? 0.02 : 0;
+    options.abort_probability = OneIn(3) ? 0.04 : 0;
     options.failure_seed = seed_;
     engine_ = std::make_unique<FakeEngine>(options);
     config_ = {.max_step_tokens = Pick(1, 24),
                .max_running = Pick(1, 10),
                .max_waiting = Pick(1, 12),
-               .prefix_caching = !OneIn(8)};
+               .prefix_caching = !OneIn(4),
+               .max_recoveries = Pick(0, 3)};
     max_priority_ = OneIn(2) ? 0 : 2;
     num_salts_ = OneIn(2) ? 1 : 3;
     scheduler_ = std::make_unique<Scheduler>(
@@ -161,6 +169,7 @@ class World {
   void Step() {
     ++step_;
     scheduler_->CheckInvariants();
+    NoteLoads();
     const StepPlan plan = scheduler_->Schedule();
     scheduler_->CheckInvariants();
     CheckStarted();
@@ -169,10 +178,14 @@ class World {
       return;
     }
     CheckPlan(plan);
+    CheckRanks(plan);
     NoteComputed(plan);
     if (OneIn(30)) CancelInStep(plan);
     const absl::StatusOr<StepResult> result = engine_->Execute(plan);
-    if (!result.ok()) {
+    if (absl::IsAborted(result.status())) {
+      CheckRestart(plan, scheduler_->Restart(plan, result.status()));
+      ++report_->num_lost_steps;
+    } else if (!result.ok()) {
       Check(absl::IsUnavailable(result.status()), result.status().ToString());
       CheckFailures(plan, scheduler_->Abort(plan, result.status()));
       ++report_->num_failed_steps;
@@ -193,15 +206,101 @@ class World {
     Check(plan.step == next_step_++, "steps are not counted one by one");
     const absl::Status valid = engine_->CheckPlan(plan);
     Check(valid.ok(), valid.ToString());
-    Check(static_cast<int32_t>(plan.tokens.size()) <= config_.max_step_tokens, "over the budget");
-    Check(static_cast<int32_t>(plan.sequences.size()) <= config_.max_running, "over max_running");
-    const int32_t budget = std::min(config_.max_step_tokens, engine_->info().max_step_tokens);
-    Check(static_cast<int32_t>(plan.tokens.size()) == budget ||
-              static_cast<int32_t>(plan.sequences.size()) == scheduler_->num_running(),
-          "a running sequence gets nothing of what is left of the budget");
+    const int32_t num_ranks = engine_->info().num_dp_ranks;
+    std::vector<int32_t> num_tokens(num_ranks), num_sequences(num_ranks);
     for (const SequenceStep& sequence : plan.sequences) {
       Check(open_.contains(sequence.id), "a sequence in the plan that nobody wants");
+      num_tokens[sequence.dp_rank] += sequence.num_tokens;
+      ++num_sequences[sequence.dp_rank];
     }
+    for (int32_t rank = 0; rank < num_ranks; ++rank) {
+      Check(num_tokens[rank] <= config_.max_step_tokens, "over the budget");
+      Check(num_sequences[rank] <= config_.max_running, "over max_running");
+      Check(
+          num_tokens[rank] == Budget() || num_sequences[rank] == scheduler_->load(rank).num_running,
+          "a running sequence gets nothing of what is left of its rank's budget");
+    }
+  }
+
+  int32_t Budget() const {
+    return std::min(config_.max_step_tokens, engine_->info().max_step_tokens);
+  }
+
+  // What the ranks have before a step, for CheckRanks().
+  void NoteLoads() {
+    loads_.clear();
+    for (int32_t rank = 0; rank < engine_->info().num_dp_ranks; ++rank) {
+      const Scheduler::RankLoad load = scheduler_->load(rank);
+      loads_.push_back({load.num_running, load.num_free_blocks, Budget()});
+    }
+    num_preemptions_ = scheduler_->num_preemptions();
+  }
+
+  // Who ran stays on its rank. Who was admitted went, in its turn, where README.md says; told
+  // where nothing is cached and nobody was preempted, for then the ranks' room is known.
+  void CheckRanks(const StepPlan& plan) {
+    const int64_t num_preemptions = scheduler_->num_preemptions();
+    const bool can_tell = !config_.prefix_caching && num_preemptions == num_preemptions_;
+    const int32_t max_running = std::min(config_.max_running, engine_->info().max_sequences);
+    for (const SequenceStep& sequence : plan.sequences) {
+      Client& client = open_[sequence.id];
+      const bool ran = client.rank >= 0 && client.num_preemptions == num_preemptions;
+      if (ran) {
+        Check(sequence.dp_rank == client.rank, "a running sequence changes its rank");
+      } else if (can_tell && sequence.num_computed_tokens == 0) {
+        const int32_t end = sequence.num_computed_tokens + Lacks(client);
+        const int32_t blocks = (end + block_size_ - 1) / block_size_;
+        int32_t most_room = 0;
+        for (const Load& load : loads_) {
+          if (load.Takes(blocks, max_running)) {
+            most_room = std::max(most_room, load.free - blocks);
+          }
+        }
+        const Load* best = nullptr;
+        for (const Load& load : loads_) {
+          if (!load.Takes(blocks, max_running)) continue;
+          if (load.free - blocks < most_room - most_room / 8) continue;
+          if (best == nullptr || load.budget > best->budget ||
+              (load.budget == best->budget && load.free > best->free)) {
+            best = &load;
+          }
+        }
+        Check(best != nullptr, "admitted where there is no room");
+        Check(best == &loads_[sequence.dp_rank], "admitted to another rank than the best");
+        ++loads_[sequence.dp_rank].running;
+      }
+      Load& load = loads_[sequence.dp_rank];
+      load.budget -= sequence.num_tokens;
+      load.free -= sequence.num_blocks - (ran ? client.num_blocks : 0);
+      client.rank = sequence.dp_rank;
+      client.num_blocks = sequence.num_blocks;
+      client.num_preemptions = num_preemptions;
+    }
+    if (can_tell) CheckFirstInLine(max_running);
+  }
+
+  // No rank would take the first in line; told where all that wait have never run.
+  void CheckFirstInLine(int32_t max_running) const {
+    if (scheduler_->num_waiting() != NumNotStarted()) return;
+    const Client* first = nullptr;
+    for (const auto& [id, client] : open_) {
+      if (!client.started && (first == nullptr || ComesBefore(client, *first))) first = &client;
+    }
+    if (first == nullptr) return;
+    for (const Load& load : loads_) {
+      Check(!load.Takes((Lacks(*first) + block_size_ - 1) / block_size_, max_running),
+            "the first in line waits, and there is a rank for it");
+    }
+  }
+
+  static bool ComesBefore(const Client& a, const Client& b) {
+    return a.request.priority != b.request.priority ? a.request.priority > b.request.priority
+                                                    : a.arrival < b.arrival;
+  }
+
+  // All tokens that a sequence with nothing computed is to compute.
+  static int32_t Lacks(const Client& client) {
+    return static_cast<int32_t>(client.request.prompt.size() + client.got.size());
   }
 
   void CancelInStep(const StepPlan& plan) {
@@ -220,10 +319,7 @@ class World {
       Check(it != open_.end() && !it->second.started, "started twice, or after its end");
       Client& client = it->second;
       for (const auto& [id, other] : open_) {
-        const bool before = other.request.priority != client.request.priority
-                                ? other.request.priority > client.request.priority
-                                : other.arrival < client.arrival;
-        Check(!before || other.started, "admitted out of order");
+        Check(!ComesBefore(other, client) || other.started, "admitted out of order");
       }
       client.started = true;
       Check(event.cached_tokens >= 0 && event.cached_tokens % block_size_ == 0 &&
@@ -291,7 +387,36 @@ class World {
       Check(!open_.contains(id) || failed.contains(id), "a sequence of a failed step goes on");
     }
     for (const RequestId id : failed) open_.erase(id);
+    for (auto& [id, client] : open_) client.rank = -1;
     report_->num_failed += static_cast<int64_t>(failed.size());
+    for (auto& [salt, prefixes] : computed_) prefixes.clear();
+  }
+
+  // After a lost step nobody fails but who lost more than max_recoveries; all others keep what they
+  // have, and nothing is cached.
+  void CheckRestart(const StepPlan& plan, const std::vector<SequenceEvent>& events) {
+    for (const SequenceStep& sequence : plan.sequences) {
+      if (open_.contains(sequence.id)) ++open_[sequence.id].num_lost_steps;
+    }
+    for (auto& [id, client] : open_) {
+      if (client.started) ++client.num_lost_steps_since;
+      client.rank = -1;
+    }
+    std::set<RequestId> failed;
+    for (const SequenceEvent& event : events) {
+      Check(event.kind == SequenceEvent::Kind::kFailed && absl::IsUnavailable(event.error),
+            "Restart makes another event than UNAVAILABLE");
+      Check(open_.contains(event.id) && failed.insert(event.id).second, "failed after its end");
+      Check(open_[event.id].num_lost_steps_since > config_.max_recoveries,
+            "failed before max_recoveries");
+    }
+    for (const auto& [id, client] : open_) {
+      Check(client.num_lost_steps <= config_.max_recoveries || failed.contains(id),
+            "a request goes on after more than max_recoveries");
+    }
+    Check(scheduler_->num_running() == 0, "a sequence runs after a lost step");
+    for (const RequestId id : failed) open_.erase(id);
+    report_->num_unrecovered += static_cast<int64_t>(failed.size());
     for (auto& [salt, prefixes] : computed_) prefixes.clear();
   }
 
@@ -299,6 +424,16 @@ class World {
     return static_cast<int32_t>(std::count_if(
         open_.begin(), open_.end(), [](const auto& entry) { return !entry.second.started; }));
   }
+
+  struct Load {
+    int32_t running;
+    int32_t free;    // blocks
+    int32_t budget;  // tokens
+
+    bool Takes(int32_t blocks, int32_t max_running) const {
+      return budget > 0 && free >= blocks && running < max_running;
+    }
+  };
 
   const uint64_t seed_;
   std::mt19937_64 random_;
@@ -318,6 +453,8 @@ class World {
   int64_t next_arrival_ = 0;
   int64_t next_step_ = 0;
   int64_t step_ = 0;
+  std::vector<Load> loads_;      // before the step; CheckRanks() goes through it with them
+  int64_t num_preemptions_ = 0;  // likewise
 };
 
 }  // namespace

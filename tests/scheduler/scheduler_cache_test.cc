@@ -164,5 +164,85 @@ TEST_F(RanksTest, OnlyTheRankThatIsFullPreempts) {
   EXPECT_THAT(Ids(Step()), ElementsAre(1, 2, 4));
 }
 
+TEST_F(RanksTest, EachRankHasItsOwnBudgetAndItsOwnMaxRunning) {
+  MakeRanks(2, {.max_step_tokens = 5, .max_running = 2});
+  ASSERT_TRUE(Add(1, 12, 2).ok());  // rank 0
+  ASSERT_TRUE(Add(2, 3, 6).ok());   // rank 1
+  ASSERT_TRUE(Add(3, 3, 6).ok());   // rank 1, for rank 0 has no tokens left; nor has that one then
+  ASSERT_TRUE(Add(4, 3, 6).ok());
+  EXPECT_THAT(NumTokens(Step()), ElementsAre(5, 3, 2));
+  // Rank 1 has tokens left, but runs two already; rank 0 has a place and no tokens.
+  StepPlan plan = Step();
+  EXPECT_THAT(Ids(plan), ElementsAre(1, 2, 3));
+  EXPECT_THAT(NumTokens(plan), ElementsAre(5, 1, 1));
+  plan = Step();
+  EXPECT_THAT(NumTokens(plan), ElementsAre(2, 1, 1, 3));
+  EXPECT_EQ(Ranks(plan)[4], 0);
+  RunToEnd();
+}
+
+TEST_F(RanksTest, APreemptionStopsAdmissionToItsRankAlone) {
+  MakeRanks(2);
+  ASSERT_TRUE(Add(1, 16, 4).ok());  // rank 0
+  ASSERT_TRUE(Add(2, 16, 4).ok());  // rank 1
+  ASSERT_TRUE(Add(3, 16, 4).ok());  // rank 0, full now
+  ASSERT_TRUE(Add(4, 5, 2).ok());   // rank 1
+  Step();
+  Request urgent = MakeRequest(5, 3, 1);
+  urgent.priority = 1;
+  ASSERT_TRUE(Add(urgent).ok());
+  const StepPlan plan = Step();
+  EXPECT_THAT(Ids(plan), ElementsAre(1, 2, 4, 5));
+  EXPECT_EQ(Ranks(plan)[5], 1);  // where the last block is, though 3 left three on the other
+  RunToEnd();
+}
+
+class RoomTest : public RanksTest {
+ protected:
+  void SetUp() override {
+    EngineInfo info = SmallEngine();
+    info.num_dp_ranks = 2;
+    info.num_blocks = 64;
+    Make(info);
+  }
+};
+
+TEST_F(RoomTest, OfRanksWithAboutTheMostRoomTheIdlerIsTaken) {
+  ASSERT_TRUE(Add(1, 24, 9).ok());
+  EXPECT_EQ(Ranks(Step())[1], 0);
+  ASSERT_TRUE(Add(2, 8, 9).ok());  // as much to compute on either: more room
+  ASSERT_TRUE(Add(3, 8, 9).ok());  // a little less room, but rank 1 has a prompt to compute
+  std::map<RequestId, int32_t> ranks = Ranks(Step());
+  EXPECT_EQ(ranks[2], 1);
+  EXPECT_EQ(ranks[3], 0);
+  RunToEnd();
+}
+
+TEST_F(RoomTest, APrefixCountsForMoreThanALittleRoom) {
+  ASSERT_TRUE(Add(1, 33, 1).ok());
+  EXPECT_EQ(Ranks(Step())[1], 0);
+  ASSERT_TRUE(Add(2, 48, 9).ok());
+  EXPECT_EQ(Ranks(Step())[2], 0);
+  Request again = MakeRequest(1, 33, 1);
+  again.id = 3;
+  ASSERT_TRUE(Add(again).ok());  // 51 blocks left behind it here, 55 there
+  const StepPlan plan = Step();
+  EXPECT_EQ(Ranks(plan)[3], 0);
+  EXPECT_EQ(plan.sequences[1].num_computed_tokens, 32);
+  RunToEnd();
+}
+
+TEST_F(RoomTest, APrefixDoesNotPullWhereThereIsFarLessRoom) {
+  ASSERT_TRUE(Add(1, 33, 1).ok());
+  EXPECT_EQ(Ranks(Step())[1], 0);
+  ASSERT_TRUE(Add(2, 120, 9).ok());
+  EXPECT_EQ(Ranks(Step())[2], 0);
+  Request again = MakeRequest(1, 33, 1);
+  again.id = 3;
+  ASSERT_TRUE(Add(again).ok());
+  EXPECT_EQ(Ranks(Step())[3], 1);
+  RunToEnd();
+}
+
 }  // namespace
 }  // namespace latentd

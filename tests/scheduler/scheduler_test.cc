@@ -396,6 +396,62 @@ TEST_F(SchedulerTest, AbortFailsThePlanRestartsTheOthersAndDropsTheCache) {
   RunToEnd();
 }
 
+TEST_F(SchedulerTest, RestartLetsAllBeComputedAgainFromTheirTokens) {
+  Make(SmallEngine(), {.max_step_tokens = 5});
+  ASSERT_TRUE(Add(1, 4, 9).ok());
+  ASSERT_TRUE(Add(2, 12, 2).ok());
+  Step();
+  ASSERT_TRUE(Add(3, 4, 1).ok());
+  const StepPlan plan = Schedule();  // all five tokens for 1 and 2
+  EXPECT_THAT(scheduler_->Restart(plan, absl::AbortedError("gone")), IsEmpty());
+  scheduler_->CheckInvariants();
+  EXPECT_EQ(scheduler_->num_running(), 0);
+  EXPECT_EQ(scheduler_->num_waiting(), 3);
+  EXPECT_EQ(scheduler_->num_not_started(), 1);
+  EXPECT_EQ(scheduler_->num_free_blocks(), 8);
+  EXPECT_EQ(scheduler_->num_restarts(), 1);
+  EXPECT_EQ(scheduler_->num_recovered(), 2);
+  const StepPlan again = Step();
+  EXPECT_THAT(scheduler_->started(), IsEmpty());  // they have been told
+  EXPECT_THAT(Ids(again), ElementsAre(1));
+  EXPECT_THAT(again.tokens, SizeIs(5));  // the prompt and what was drawn
+  EXPECT_EQ(again.sequences[0].num_computed_tokens, 0);
+  RunToEnd();  // with the oracle's tokens: Finish() compares
+}
+
+TEST_F(SchedulerTest, WhoLosesMoreStepsThanMaxRecoveriesFails) {
+  Make(SmallEngine(), {.max_running = 1, .max_recoveries = 1});
+  ASSERT_TRUE(Add(1, 4, 9).ok());
+  ASSERT_TRUE(Add(2, 4, 2).ok());
+  const absl::Status lost = absl::AbortedError("rank 3: gone");
+  EXPECT_THAT(scheduler_->Restart(Schedule(), lost), IsEmpty());
+  Step();
+  const std::vector<SequenceEvent> events = scheduler_->Restart(Schedule(), lost);
+  scheduler_->CheckInvariants();
+  ASSERT_THAT(events, SizeIs(1));
+  EXPECT_EQ(events[0].id, 1u);
+  EXPECT_EQ(events[0].kind, SequenceEvent::Kind::kFailed);
+  EXPECT_EQ(events[0].finish, FinishReason::kError);
+  EXPECT_EQ(events[0].error.code(), absl::StatusCode::kUnavailable);
+  EXPECT_THAT(std::string(events[0].error.message()),
+              HasSubstr("max_recoveries is 1; the last one: rank 3: gone"));
+  EXPECT_THAT(Ids(Step()), ElementsAre(2));  // it has lost none
+  RunToEnd();
+}
+
+TEST_F(SchedulerTest, WhoIsCancelledInALostStepIsForgotten) {
+  Make(SmallEngine());
+  ASSERT_TRUE(Add(1, 4, 9).ok());
+  ASSERT_TRUE(Add(2, 4, 2).ok());
+  const StepPlan plan = Schedule();
+  scheduler_->Cancel(1);
+  EXPECT_THAT(scheduler_->Restart(plan, absl::AbortedError("gone")), IsEmpty());
+  scheduler_->CheckInvariants();
+  EXPECT_EQ(scheduler_->num_waiting(), 1);
+  EXPECT_EQ(scheduler_->num_recovered(), 1);
+  RunToEnd();
+}
+
 TEST_F(SchedulerTest, FailAllEndsEveryRequest) {
   Make(SmallEngine(), {.max_running = 1});
   ASSERT_TRUE(Add(1, 9, 5).ok());
