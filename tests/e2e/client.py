@@ -113,8 +113,8 @@ class Daemon:
     def output(self) -> str:
         return pathlib.Path(self.log.name).read_text(errors='replace')
 
-    def check(self, service='') -> int:
-        return self.health.Check(health_pb2.HealthCheckRequest(service=service), timeout=TIMEOUT, wait_for_ready=True).status
+    def check(self, service='', timeout=TIMEOUT) -> int:
+        return self.health.Check(health_pb2.HealthCheckRequest(service=service), timeout=timeout, wait_for_ready=True).status
 
     def wait_listening(self):
         """Until the port is open; weights may still load."""
@@ -127,7 +127,12 @@ class Daemon:
 
     def wait_ready(self):
         self.wait_listening()
-        eventually(lambda: self.check() == SERVING, what='serving')
+
+        def serving():
+            assert self.process.poll() is None, self.output()
+            with contextlib.suppress(grpc.RpcError):
+                return self.check(timeout=1) == SERVING
+        eventually(serving, what='serving')
         return self
 
     def signal(self, number=signal.SIGTERM):
