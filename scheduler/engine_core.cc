@@ -19,6 +19,9 @@ namespace {
 // requests are refused at once, instead of each being led to another failing step.
 constexpr int kMaxFailedSteps = 3;
 constexpr absl::Duration kRest = absl::Seconds(1);
+// How often ready() is asked: of an engine that requests wait for, and of an idle one.
+constexpr absl::Duration kReadyInterval = absl::Milliseconds(10);
+constexpr absl::Duration kIdleInterval = absl::Milliseconds(100);
 
 absl::Status StoppedError() { return absl::UnavailableError("the engine core has stopped"); }
 
@@ -30,8 +33,10 @@ absl::Status FailedStepError(const absl::Status& cause) {
 
 class EngineCore::Impl {
  public:
-  Impl(const SchedulerConfig& config, Engine* engine, Callbacks callbacks)
+  Impl(const SchedulerConfig& config, Engine* engine, Callbacks callbacks,
+       absl::Duration recovery_timeout)
       : max_waiting_(config.max_waiting),
+        recovery_timeout_(recovery_timeout),
         info_(engine->info()),
         engine_(engine),
         callbacks_(std::move(callbacks)),
@@ -48,9 +53,9 @@ class EngineCore::Impl {
     absl::MutexLock lock(&mutex_);
     if (stopping_) return StoppedError();
     if (!fits.ok()) return fits;
-    if (!rest_reason_.ok()) {
-      if (absl::Now() < rest_until_) return rest_reason_;
-      rest_reason_ = absl::OkStatus();
+    if (!refusal_.ok()) {
+      if (absl::Now() < refuse_until_) return refusal_;
+      refusal_ = absl::OkStatus();
     }
     const int32_t num_waiting = num_not_started_ + num_submitted_;
     if (num_waiting >= max_waiting_) {
@@ -71,6 +76,7 @@ class EngineCore::Impl {
     absl::MutexLock lock(&mutex_);
     CoreStats stats = stats_;
     stats.num_waiting += num_submitted_;
+    if (!stats.ready) stats.not_ready += absl::Now() - not_ready_since_;
     return stats;
   }
 
@@ -89,20 +95,26 @@ class EngineCore::Impl {
   // ---- the core thread; scheduler_ is its own ----
 
   void Run() {
-    while (TakeMessages()) RunStep();
+    while (TakeMessages()) {
+      if (WatchEngine()) RunStep();
+    }
     Emit(scheduler_.FailAll(StoppedError()));
     absl::MutexLock lock(&mutex_);
     Publish();
   }
 
-  // Waits until there is something to do, and gives the scheduler what came in. False once stopped.
+  // Waits until there is something to do, or it is time to look at the engine, and gives the
+  // scheduler what came in. False once stopped.
   bool TakeMessages() ABSL_LOCKS_EXCLUDED(mutex_) {
     std::vector<Message> messages;
     bool stopping;
     {
       absl::MutexLock lock(&mutex_);
-      after_pause_ = scheduler_.idle();
-      if (after_pause_) mutex_.Await(absl::Condition(this, &Impl::HasMessages));
+      after_pause_ = scheduler_.idle() || !ready_;
+      if (after_pause_) {
+        mutex_.AwaitWithTimeout(absl::Condition(this, &Impl::HasMessages),
+                                scheduler_.idle() ? kIdleInterval : kReadyInterval);
+      }
       messages = EmptyInbox();
       stopping = stopping_;
     }
@@ -127,6 +139,57 @@ class EngineCore::Impl {
     }
   }
 
+  // Whether the engine takes a step. Notes and tells when that changes, and ends everything when it
+  // takes too long.
+  bool WatchEngine() ABSL_LOCKS_EXCLUDED(mutex_) {
+    const bool ready = engine_->ready();
+    if (ready != ready_) {
+      const absl::Time now = absl::Now();
+      {
+        absl::MutexLock lock(&mutex_);
+        stats_.ready = ready;
+        if (ready) {
+          stats_.not_ready += now - not_ready_since_;
+        } else {
+          not_ready_since_ = now;
+        }
+        if (std::exchange(timed_out_, false) && !loss_told_) refusal_ = absl::OkStatus();
+      }
+      ready_ = ready;
+      if (callbacks_.on_ready_change) callbacks_.on_ready_change(ready);
+    }
+    if (!ready) AwaitRecovery();
+    return ready;
+  }
+
+  void AwaitRecovery() ABSL_LOCKS_EXCLUDED(mutex_) {
+    absl::Duration not_ready;
+    {
+      absl::MutexLock lock(&mutex_);
+      not_ready = absl::Now() - not_ready_since_;
+    }
+    std::vector<SequenceEvent> events;
+    absl::Status lost;
+    if (!loss_told_ && engine_->lost()) {
+      lost = absl::UnavailableError(
+          absl::StrCat("the engine failed and cannot be made ready again", last_abort_));
+      events = FailEverything(lost, absl::InfiniteFuture());
+    } else if (!loss_told_ && !timed_out_ && not_ready >= recovery_timeout_) {
+      timed_out_ = true;
+      const absl::Status error = absl::UnavailableError(absl::StrCat(
+          "the engine was not ready again within ", absl::FormatDuration(recovery_timeout_),
+          " (recovery_timeout)", last_abort_));
+      events = FailEverything(error, absl::InfiniteFuture());
+      num_unrecovered_ += static_cast<int64_t>(events.size());
+    }
+    {
+      absl::MutexLock lock(&mutex_);
+      Publish();  // cancels came in, perhaps
+    }
+    Emit(std::move(events));
+    if (!lost.ok()) TellLoss(lost);
+  }
+
   void RunStep() ABSL_LOCKS_EXCLUDED(mutex_) {
     const absl::Time start = absl::Now();
     const StepPlan plan = scheduler_.Schedule();
@@ -144,9 +207,16 @@ class EngineCore::Impl {
 
     absl::StatusOr<std::vector<SequenceEvent>> events =
         result.ok() ? scheduler_.Update(plan, *result) : result.status();
-    num_failed_steps_ = events.ok() ? 0 : num_failed_steps_ + 1;
+    const bool aborted = absl::IsAborted(result.status()) && !engine_->lost();
     absl::Status lost;  // why, once the engine is
-    if (!events.ok()) {
+    if (events.ok()) {
+      num_failed_steps_ = 0;
+    } else if (aborted) {
+      last_abort_ = absl::StrCat(": ", events.status().message());
+      events = scheduler_.Restart(plan, events.status());
+      num_unrecovered_ += static_cast<int64_t>(events->size());
+    } else {
+      ++num_failed_steps_;
       const absl::Status error = FailedStepError(events.status());
       if (engine_->lost()) lost = error;
       events = Fail(plan, error);
@@ -159,9 +229,7 @@ class EngineCore::Impl {
       Publish();
     }
     Emit(*std::move(events));
-    if (!lost.ok() && !std::exchange(loss_told_, true) && callbacks_.on_lost) {
-      callbacks_.on_lost(lost);
-    }
+    if (!lost.ok()) TellLoss(lost);
     if (callbacks_.on_step) {
       callbacks_.on_step(
           {.num_sequences = static_cast<int32_t>(plan.sequences.size()),
@@ -171,7 +239,8 @@ class EngineCore::Impl {
            .execute = executed - scheduled,
            .update = updated - executed,
            .device = result.ok() ? result->device : std::nullopt,
-           .after_pause = after_pause_});
+           .after_pause = after_pause_,
+           .aborted = aborted});
     }
   }
 
@@ -181,17 +250,29 @@ class EngineCore::Impl {
     std::vector<SequenceEvent> events = scheduler_.Abort(plan, error);
     const bool lost = engine_->lost();
     if (num_failed_steps_ < kMaxFailedSteps && !lost) return events;
+    std::vector<SequenceEvent> others =
+        FailEverything(error, lost ? absl::InfiniteFuture() : absl::Now() + kRest);
+    std::move(others.begin(), others.end(), std::back_inserter(events));
+    return events;
+  }
+
+  // Ends all requests with `error`, and refuses more with it until then.
+  std::vector<SequenceEvent> FailEverything(const absl::Status& error, absl::Time refuse_until)
+      ABSL_LOCKS_EXCLUDED(mutex_) {
     std::vector<Message> messages;
     {
       absl::MutexLock lock(&mutex_);
-      rest_until_ = lost ? absl::InfiniteFuture() : absl::Now() + kRest;
-      rest_reason_ = error;
+      refuse_until_ = refuse_until;
+      refusal_ = error;
       messages = EmptyInbox();  // no request follows them
     }
     Apply(std::move(messages));
-    std::vector<SequenceEvent> others = scheduler_.FailAll(error);
-    std::move(others.begin(), others.end(), std::back_inserter(events));
-    return events;
+    return scheduler_.FailAll(error);
+  }
+
+  // After the events that end all requests.
+  void TellLoss(const absl::Status& why) {
+    if (!std::exchange(loss_told_, true) && callbacks_.on_lost) callbacks_.on_lost(why);
   }
 
   void Emit(std::vector<SequenceEvent> events) {
@@ -207,6 +288,9 @@ class EngineCore::Impl {
     stats_.num_preemptions = scheduler_.num_preemptions();
     stats_.prompt_tokens = scheduler_.prompt_tokens();
     stats_.cached_tokens = scheduler_.cached_tokens();
+    stats_.num_recoveries = scheduler_.num_restarts();
+    stats_.num_recovered = scheduler_.num_recovered();
+    stats_.num_unrecovered = num_unrecovered_;
   }
 
   bool HasMessages() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
@@ -215,6 +299,7 @@ class EngineCore::Impl {
 
   // Constant after construction.
   const int32_t max_waiting_;
+  const absl::Duration recovery_timeout_;
   const EngineInfo info_;
   Engine* const engine_;
   const Callbacks callbacks_;
@@ -223,6 +308,10 @@ class EngineCore::Impl {
   Scheduler scheduler_;
   int num_failed_steps_ = 0;  // on end
   bool loss_told_ = false;
+  bool ready_ = true;       // the engine, when it was last asked
+  bool timed_out_ = false;  // it is not, for recovery_timeout now
+  std::string last_abort_;  // ": " and why the latest lost step failed
+  int64_t num_unrecovered_ = 0;
   bool after_pause_ = true;  // the step under way came after a time without requests
 
   // Never held during Schedule, Execute, Update or a callback.
@@ -231,16 +320,18 @@ class EngineCore::Impl {
   std::vector<Message> inbox_ ABSL_GUARDED_BY(mutex_);
   int32_t num_submitted_ ABSL_GUARDED_BY(mutex_) = 0;    // requests in the inbox
   int32_t num_not_started_ ABSL_GUARDED_BY(mutex_) = 0;  // of the scheduler, when it was last seen
-  absl::Time rest_until_ ABSL_GUARDED_BY(mutex_) = absl::InfinitePast();
-  absl::Status rest_reason_ ABSL_GUARDED_BY(mutex_);  // not OK: refuse until rest_until_
+  absl::Time refuse_until_ ABSL_GUARDED_BY(mutex_) = absl::InfinitePast();
+  absl::Status refusal_ ABSL_GUARDED_BY(mutex_);  // not OK: refuse until refuse_until_
+  absl::Time not_ready_since_ ABSL_GUARDED_BY(mutex_) = absl::InfinitePast();
   CoreStats stats_ ABSL_GUARDED_BY(mutex_);
 
   absl::Mutex join_mutex_ ABSL_ACQUIRED_BEFORE(mutex_);
   std::thread thread_ ABSL_GUARDED_BY(join_mutex_);
 };
 
-EngineCore::EngineCore(const SchedulerConfig& config, Engine* engine, Callbacks callbacks)
-    : impl_(std::make_unique<Impl>(config, engine, std::move(callbacks))) {}
+EngineCore::EngineCore(const SchedulerConfig& config, Engine* engine, Callbacks callbacks,
+                       absl::Duration recovery_timeout)
+    : impl_(std::make_unique<Impl>(config, engine, std::move(callbacks), recovery_timeout)) {}
 
 EngineCore::~EngineCore() { Stop(); }
 

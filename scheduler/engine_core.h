@@ -22,7 +22,8 @@ struct StepReport {
   int32_t num_sampled = 0;
   absl::Duration schedule, execute, update;
   std::optional<DeviceTimes> device = std::nullopt;  // as the engine told
-  bool after_pause = false;  // before it nothing was to be done; so the device was idle
+  bool after_pause = false;  // nothing was to be done before it, or there was no engine to do it
+  bool aborted = false;      // the engine lost it: its sequences are computed again
 };
 
 // A picture of the core at one moment.
@@ -35,6 +36,11 @@ struct CoreStats {
   int64_t num_preemptions = 0;
   int64_t prompt_tokens = 0;  // admitted
   int64_t cached_tokens = 0;  // of those, found in the prefix cache
+  bool ready = true;          // the engine; false while its group is being formed again
+  absl::Duration not_ready = absl::ZeroDuration();  // all the time that it was not
+  int64_t num_recoveries = 0;                       // lost steps, whose sequences start again
+  int64_t num_recovered = 0;                        // sequences that started again
+  int64_t num_unrecovered = 0;  // requests that max_recoveries or recovery_timeout ended
   // InfinitePast while no step runs; else when the running one began. A watchdog judges it: Execute
   // may never return.
   absl::Time step_started_at = absl::InfinitePast();
@@ -48,6 +54,11 @@ struct CoreStats {
 // three failed steps on end all requests end so, and for a second Submit refuses with the engine's
 // error; then the next request is a new try. When the engine is lost, all requests end so at once,
 // and Submit refuses for good.
+//
+// When a step fails with ABORTED nothing ends: no step is begun until the engine is ready() again,
+// then all is computed again and the events go on where they were (Scheduler::Restart). While it is
+// not ready requests are taken and cancelled as ever. When that lasts for recovery_timeout all
+// requests end with UNAVAILABLE, and Submit refuses until the engine is ready.
 class EngineCore {
  public:
   struct Callbacks {
@@ -57,15 +68,19 @@ class EngineCore {
     // Called once, by the core thread, after the events that end all requests; may be empty. With
     // what they ended with.
     std::function<void(const absl::Status&)> on_lost = nullptr;
+    // Called by the core thread when Engine::ready() has changed, or is false at the start; within
+    // a tenth of a second, but not within a step. May be empty.
+    std::function<void(bool ready)> on_ready_change = nullptr;
   };
 
   // `engine` is not owned and must outlive the core. Starts the thread.
-  EngineCore(const SchedulerConfig& config, Engine* engine, Callbacks callbacks);
+  EngineCore(const SchedulerConfig& config, Engine* engine, Callbacks callbacks,
+             absl::Duration recovery_timeout = absl::Minutes(5));
   ~EngineCore();  // Stop()
 
   // Hands a request over. RESOURCE_EXHAUSTED when max_waiting requests wait already,
-  // INVALID_ARGUMENT when it could never fit, UNAVAILABLE after Stop(). After OK its events follow,
-  // ending with a finish, kFailed, or nothing more after Cancel().
+  // INVALID_ARGUMENT when it could never fit, UNAVAILABLE after Stop() and as said above. After OK
+  // its events follow, ending with a finish, kFailed, or nothing more after Cancel().
   // REQUIRES: no other request has or had this id.
   absl::Status Submit(Request request);
 
