@@ -16,7 +16,7 @@ void SplitPlan(const StepPlan& plan, int32_t num_ranks, std::vector<StepPlan>* s
     share.blocks.clear();
     share.suppressed.clear();
   }
-  StepShape shape{.decode = !plan.empty()};
+  GroupShape shape{.decode = !plan.empty()};
   const TokenId* tokens = plan.tokens.data();
   const BlockId* blocks = plan.blocks.data();
   const TokenId* suppressed = plan.suppressed.data();

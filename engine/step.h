@@ -40,7 +40,7 @@ struct SequenceStep {
 
 // The shape that every rank of a group gives a step, known from the plan: no rank has to ask
 // another.
-struct StepShape {
+struct GroupShape {
   int32_t num_tokens = 0;     // of the rank that has most
   int32_t num_sequences = 0;  // likewise
   bool decode = false;        // every sequence of every rank has one token, and samples
@@ -57,7 +57,7 @@ struct StepPlan {
   std::vector<TokenId> tokens;          // [sum of num_tokens]
   std::vector<BlockId> blocks;          // [sum of num_blocks]; the whole table, cached blocks too
   std::vector<TokenId> suppressed;      // [sum of num_suppressed]
-  StepShape shape = {};                 // only in one rank's share of a plan (SplitPlan)
+  GroupShape shape = {};                // only in one rank's share of a plan (SplitPlan)
 
   bool empty() const { return sequences.empty(); }
 };

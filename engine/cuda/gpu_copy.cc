@@ -54,7 +54,7 @@ class Stager {
     next_ = 1 - next_;
     RETURN_IF_CUDA_ERROR(cudaEventSynchronize(slot.copied));
     RETURN_IF_ERROR(StageRows(copy, begin, end, read, scratch_.get(), slot.memory.data()));
-    const Placement place = PlaceRows(copy, begin, end);
+    const RowTarget place = PlaceRows(copy, begin, end);
     if (place.height == 1) {
       RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(place.target, slot.memory.data(), place.width,
                                            cudaMemcpyHostToDevice, stream_));

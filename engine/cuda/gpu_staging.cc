@@ -106,7 +106,7 @@ absl::Status StageRows(const WeightCopy& copy, int64_t begin, int64_t end, const
   return absl::OkStatus();
 }
 
-Placement PlaceRows(const WeightCopy& copy, int64_t begin, int64_t end) {
+RowTarget PlaceRows(const WeightCopy& copy, int64_t begin, int64_t end) {
   const auto element = static_cast<int64_t>(DTypeBytes(copy.target_dtype));
   const int64_t row_bytes = copy.target_cols * element;
   const int64_t first = begin / copy.block_rows * copy.target_block_rows + begin % copy.block_rows;

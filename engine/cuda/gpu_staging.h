@@ -28,13 +28,13 @@ absl::Status StageRows(const WeightCopy& copy, int64_t begin, int64_t end, const
                        std::byte* scratch, std::byte* out);
 
 // Where those rows go: `height` runs of `width` bytes, `pitch` bytes from one to the next.
-struct Placement {
+struct RowTarget {
   std::byte* target = nullptr;
   size_t pitch = 0;
   size_t width = 0;
   size_t height = 0;
 };
-Placement PlaceRows(const WeightCopy& copy, int64_t begin, int64_t end);
+RowTarget PlaceRows(const WeightCopy& copy, int64_t begin, int64_t end);
 
 }  // namespace latentd
 

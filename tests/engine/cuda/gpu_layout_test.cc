@@ -42,7 +42,7 @@ HostWeights LoadToHost(const ModelConfig& config, const MappedWeights& mapped, s
       const auto bytes = static_cast<size_t>((end - begin) * copy.num_cols * 4);
       std::vector<std::byte> scratch(bytes), staged(bytes);
       EXPECT_TRUE(StageRows(copy, begin, end, read, scratch.data(), staged.data()).ok());
-      const Placement place = PlaceRows(copy, begin, end);
+      const RowTarget place = PlaceRows(copy, begin, end);
       EXPECT_EQ(place.width * place.height,
                 static_cast<size_t>((end - begin) * copy.num_cols) * DTypeBytes(copy.target_dtype));
       for (size_t i = 0; i < place.height; ++i) {
