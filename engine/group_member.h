@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "engine/engine.h"
 
@@ -36,6 +37,15 @@ class GroupMember : public Engine {
 
   // What it waits in now, for whom; empty while it computes. Any thread.
   virtual std::string waiting_in() const = 0;
+
+  // What ranks whose GroupSpec has an nccl_unique_id find each other by; a new one for each
+  // forming. Asked of rank 0, between formings, by Execute()'s thread. Empty where addresses do
+  // that.
+  virtual absl::StatusOr<std::string> MakeUniqueId() { return std::string(); }
+
+  // What carries the tensors of the group of now: local, tcp, NVLink, InfiniBand, socket.
+  // Execute()'s thread.
+  virtual std::string transport() const { return ""; }
 
   // "host:port" at which its peers reach it; empty where the group is formed otherwise. Any thread.
   virtual std::string address() const = 0;

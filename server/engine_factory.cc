@@ -126,6 +126,22 @@ absl::StatusOr<std::unique_ptr<Engine>> MakeEngine(const ModelConfig& model,
 #endif
 }
 
+absl::StatusOr<std::unique_ptr<GroupMember>> MakeGroupMember(const ModelConfig& model,
+                                                             const std::filesystem::path& dir,
+                                                             LoadFormat format,
+                                                             const EngineSettings& settings,
+                                                             LoadListener* listener) {
+  ASSIGN_OR_RETURN(std::unique_ptr<Engine> engine,
+                   MakeEngine(model, dir, format, settings, listener));
+  auto* member = dynamic_cast<GroupMember*>(engine.get());
+  if (member == nullptr) {
+    return absl::UnimplementedError(absl::StrCat("the ", std::string(EngineName(settings.kind)),
+                                                 " engine cannot be a rank of a group"));
+  }
+  engine.release();
+  return std::unique_ptr<GroupMember>(member);
+}
+
 absl::StatusOr<std::vector<KernelFamily>> ProfileStep([[maybe_unused]] Engine* engine,
                                                       [[maybe_unused]] const StepPlan& plan) {
   std::vector<KernelFamily> families;

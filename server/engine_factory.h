@@ -11,6 +11,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "engine/engine.h"
+#include "engine/group_member.h"
 #include "engine/model/config.h"
 #include "engine/model/weights.h"
 #include "engine/step.h"
@@ -38,6 +39,10 @@ struct EngineSettings {
   int32_t device = 0;                 // cuda
   int32_t max_graph_sequences = 256;  // cuda; 0: no graphs
   bool batch_invariant = false;       // cuda; the CPU engine always is
+  // Which rank of a group it is: it loads that one's slice of the weights
+  // (engine/model/placement.h).
+  int32_t rank = 0;
+  int32_t world_size = 1;
 };
 
 // The memory that an engine takes.
@@ -74,6 +79,14 @@ absl::StatusOr<std::unique_ptr<Engine>> MakeEngine(const ModelConfig& model,
                                                    LoadFormat format,
                                                    const EngineSettings& settings,
                                                    LoadListener* listener);
+
+// The same for a rank of a group, that of the settings, which may have one rank. It is in no group
+// yet: GroupMember::Join().
+absl::StatusOr<std::unique_ptr<GroupMember>> MakeGroupMember(const ModelConfig& model,
+                                                             const std::filesystem::path& dir,
+                                                             LoadFormat format,
+                                                             const EngineSettings& settings,
+                                                             LoadListener* listener);
 
 // Where a step's time went, in the order of first use; made by running it once more with
 // timestamps. Empty for engines that cannot tell.
