@@ -14,13 +14,13 @@ namespace latentd {
 // one process) and TcpCommunicator (ranks are processes).
 //
 // Its calls are collective: every rank makes the same calls in the same order, a rank that has
-// nothing to give too, and each returns when this rank's part is done. One thread at a time but
-// where a method says otherwise.
+// nothing to give too, and each returns when this rank's part is done. What a call reads and what
+// it writes must not overlap. One thread at a time but where a method says otherwise.
 //
 // An error is final for the communicator: the ranks no longer agree where they are. It names the
-// call, its number and the ranks that were waited for. UNAVAILABLE when a peer is gone or Abort()
-// was called, DEADLINE_EXCEEDED when a peer did not come in time, INTERNAL when peers disagree
-// about the call or its sizes.
+// call, its number and the ranks that were waited for; later calls return it again. UNAVAILABLE
+// when a peer is gone or Abort() was called, DEADLINE_EXCEEDED when a peer did not come in time,
+// INTERNAL when peers disagree about the call or its sizes.
 class Communicator {
  public:
   virtual ~Communicator() = default;
@@ -44,8 +44,8 @@ class Communicator {
   // Returns when every rank has called it.
   virtual absl::Status Barrier() = 0;
 
-  // Ends the call under way, here and by and by on the peers, and every later one, with `why`. Any
-  // thread; the first one counts.
+  // Ends the call under way, here and by and by on the peers, and every later one, with UNAVAILABLE
+  // and the message of `why`. Any thread; the first one counts.
   virtual void Abort(const absl::Status& why) = 0;
 
   // What this rank waits in now, for whom: "AllGather #341 for ranks 3, 5"; empty while it
