@@ -18,8 +18,8 @@ struct Call {
   uint64_t number = 0;
 };
 
-std::string CallName(CallKind kind);        // "AllGather"; "call 77" for what is no kind
-std::string CallText(const Call& call);     // "AllGather #341"
+std::string CallName(CallKind kind);                 // "AllGather"; "call 77" for what is no kind
+std::string CallText(const Call& call);              // "AllGather #341"
 std::string RanksText(absl::Span<const int> ranks);  // "rank 3", "ranks 3, 5", "no rank"
 
 // What a rank waits in: "AllGather #341 for ranks 3, 5".

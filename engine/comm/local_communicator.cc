@@ -84,8 +84,8 @@ class Hub {
       const std::string who = absl::StrCat("rank ", rank, " ");
       const std::string other = absl::StrCat(", rank ", first - parts_.begin(), " ");
       if ((*first)->call.kind != part.call.kind) {
-        Fail(absl::InternalError(absl::StrCat(who, "calls ", CallText(part.call), other,
-                                              CallText((*first)->call))));
+        Fail(absl::InternalError(
+            absl::StrCat(who, "calls ", CallText(part.call), other, CallText((*first)->call))));
       } else if ((*first)->size != part.size) {
         Fail(absl::InternalError(
             absl::StrCat(who, "gives ", part.size, " bytes", other, (*first)->size, " bytes")));
@@ -189,7 +189,9 @@ class LocalCommunicator : public Communicator {
     });
   }
 
-  absl::Status Barrier() override { return Run(true, {.call = Next(CallKind::kBarrier)}, [] {}); }
+  absl::Status Barrier() override {
+    return Run(true, {.call = Next(CallKind::kBarrier)}, [] {});
+  }
 
   void Abort(const absl::Status& why) override { hub_->End(AbortError(why)); }
 

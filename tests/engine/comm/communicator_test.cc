@@ -65,7 +65,8 @@ absl::Status Gather(Communicator* c, size_t size) {
   return c->AllGather(in, absl::MakeSpan(out));
 }
 
-// ---- every size of group -------------------------------------------------------------------------
+// ---- every size of group
+// -------------------------------------------------------------------------
 
 class GroupTest : public ::testing::TestWithParam<std::tuple<Kind, int>> {
  protected:
@@ -79,9 +80,8 @@ TEST_P(GroupTest, RandomCallsGiveWhatTheModelSays) {
   for (uint64_t seed = 0; seed < 4; ++seed) {
     Group group = Make();
     const RandomCalls calls{.seed = seed, .num_calls = 60};
-    for (const absl::Status& status : OnRanks(world_size(), [&](int rank) {
-           return MakeRandomCalls(calls, group[rank].get());
-         })) {
+    for (const absl::Status& status : OnRanks(
+             world_size(), [&](int rank) { return MakeRandomCalls(calls, group[rank].get()); })) {
       EXPECT_TRUE(status.ok()) << "seed " << seed << ": " << status;
     }
   }
@@ -90,9 +90,8 @@ TEST_P(GroupTest, RandomCallsGiveWhatTheModelSays) {
 TEST_P(GroupTest, MegabytesFromEveryRankToEveryOtherAtTheSameTime) {
   Group group = Make();
   const RandomCalls calls{.seed = 9, .num_calls = 8, .max_bytes = (8u << 20) / world_size()};
-  for (const absl::Status& status : OnRanks(world_size(), [&](int rank) {
-         return MakeRandomCalls(calls, group[rank].get());
-       })) {
+  for (const absl::Status& status :
+       OnRanks(world_size(), [&](int rank) { return MakeRandomCalls(calls, group[rank].get()); })) {
     EXPECT_TRUE(status.ok()) << status;
   }
 }
@@ -163,8 +162,9 @@ TEST_P(GroupTest, ARankThatNeverComesIsNamed) {
       // The others may hear of it from the rank whose time was up first.
       timed_out |= statuses[rank].code() == absl::StatusCode::kDeadlineExceeded;
       EXPECT_FALSE(statuses[rank].ok());
-      EXPECT_THAT(std::string(statuses[rank].message()),
-                  ContainsRegex(absl::StrCat(call.name, " #1 for ranks? [0-9, ]*\\b", absent, "\\b")));
+      EXPECT_THAT(
+          std::string(statuses[rank].message()),
+          ContainsRegex(absl::StrCat(call.name, " #1 for ranks? [0-9, ]*\\b", absent, "\\b")));
     }
     EXPECT_TRUE(timed_out);
   }
@@ -178,7 +178,8 @@ INSTANTIATE_TEST_SUITE_P(All, GroupTest,
                                                std::get<1>(info.param));
                          });
 
-// ---- groups of three -----------------------------------------------------------------------------
+// ---- groups of three
+// -----------------------------------------------------------------------------
 
 class ThreeRanksTest : public ::testing::TestWithParam<Kind> {
  protected:
@@ -188,8 +189,7 @@ class ThreeRanksTest : public ::testing::TestWithParam<Kind> {
                      const std::function<absl::Status(Communicator*)>& f) {
     Group group = MakeGroup(GetParam(), 3);
     std::string all;
-    for (const absl::Status& status :
-         OnRanks(3, [&](int rank) { return f(group[rank].get()); })) {
+    for (const absl::Status& status : OnRanks(3, [&](int rank) { return f(group[rank].get()); })) {
       EXPECT_EQ(status.code(), code) << status;
       absl::StrAppend(&all, status.message(), "\n");
     }
@@ -198,9 +198,8 @@ class ThreeRanksTest : public ::testing::TestWithParam<Kind> {
 };
 
 TEST_P(ThreeRanksTest, AnotherCallIsADisagreement) {
-  ExpectAllFail(absl::StatusCode::kInternal, "Barrier #1", [](Communicator* c) {
-    return c->rank() == 1 ? c->Barrier() : Gather(c, 8);
-  });
+  ExpectAllFail(absl::StatusCode::kInternal, "Barrier #1",
+                [](Communicator* c) { return c->rank() == 1 ? c->Barrier() : Gather(c, 8); });
 }
 
 TEST_P(ThreeRanksTest, OtherSizesAreADisagreement) {
@@ -236,8 +235,7 @@ TEST_P(ThreeRanksTest, BuffersThatDoNotFitTheGroup) {
   });
   ExpectAllFail(absl::StatusCode::kInternal, "do not fit", [](Communicator* c) {
     std::vector<float> in(7), out(c->rank() == 1 ? 2 : 0);
-    return c->ReduceScatter(absl::MakeSpan(in).first(c->rank() == 1 ? 7 : 0),
-                            absl::MakeSpan(out));
+    return c->ReduceScatter(absl::MakeSpan(in).first(c->rank() == 1 ? 7 : 0), absl::MakeSpan(out));
   });
 }
 
@@ -291,8 +289,7 @@ TEST_P(ThreeRanksTest, AnAbortAtAnyMomentEndsARunningGroup) {
 TEST_P(ThreeRanksTest, WaitingInSaysForWhom) {
   Group group = MakeGroup(GetParam(), 3);
   std::thread first([&] { EXPECT_TRUE(Gather(group[1].get(), 10).ok()); });
-  EXPECT_TRUE(
-      Eventually([&] { return group[1]->waiting_in() == "AllGather #1 for ranks 0, 2"; }));
+  EXPECT_TRUE(Eventually([&] { return group[1]->waiting_in() == "AllGather #1 for ranks 0, 2"; }));
   EXPECT_EQ(group[0]->waiting_in(), "");
   std::thread second([&] { EXPECT_TRUE(Gather(group[2].get(), 10).ok()); });
   EXPECT_TRUE(Eventually([&] { return group[1]->waiting_in() == "AllGather #1 for rank 0"; }));

@@ -73,8 +73,8 @@ class Calls {
   absl::Status AllGather() {
     const size_t size = Size();
     std::vector<std::byte> out(size * n_, std::byte(0x55));
-    RETURN_IF_ERROR(communicator_.AllGather(Bytes(calls_.seed, call_, rank_, -1, size),
-                                            absl::MakeSpan(out)));
+    RETURN_IF_ERROR(
+        communicator_.AllGather(Bytes(calls_.seed, call_, rank_, -1, size), absl::MakeSpan(out)));
     for (int r = 0; r < n_; ++r) {
       const std::vector<std::byte> expected = Bytes(calls_.seed, call_, r, -1, size);
       if (size > 0 && std::memcmp(&out[r * size], expected.data(), size) != 0) return Differs(r);
