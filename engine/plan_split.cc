@@ -2,10 +2,35 @@
 
 #include <algorithm>
 
-#include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 
 namespace latentd {
+
+absl::Status CheckSplit(const StepPlan& plan, int32_t num_ranks) {
+  int64_t tokens = 0, blocks = 0, suppressed = 0;
+  for (const SequenceStep& sequence : plan.sequences) {
+    const bool counts =
+        sequence.num_tokens >= 0 && sequence.num_blocks >= 0 && sequence.num_suppressed >= 0;
+    if (!counts || sequence.dp_rank < 0 || sequence.dp_rank >= num_ranks) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("plan: sequence ", sequence.id, ": num_tokens ", sequence.num_tokens,
+                       ", num_blocks ", sequence.num_blocks, ", num_suppressed ",
+                       sequence.num_suppressed, ", dp_rank ", sequence.dp_rank, " of ", num_ranks));
+    }
+    tokens += sequence.num_tokens;
+    blocks += sequence.num_blocks;
+    suppressed += sequence.num_suppressed;
+  }
+  if (tokens == static_cast<int64_t>(plan.tokens.size()) &&
+      blocks == static_cast<int64_t>(plan.blocks.size()) &&
+      suppressed == static_cast<int64_t>(plan.suppressed.size())) {
+    return absl::OkStatus();
+  }
+  return absl::InvalidArgumentError(
+      absl::StrCat("plan: ", plan.tokens.size(), " tokens, ", plan.blocks.size(), " blocks, ",
+                   plan.suppressed.size(), " suppressed; the sequences have ", tokens, ", ", blocks,
+                   ", ", suppressed));
+}
 
 void SplitPlan(const StepPlan& plan, int32_t num_ranks, std::vector<StepPlan>* shares) {
   shares->resize(num_ranks);

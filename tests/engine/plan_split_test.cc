@@ -1,5 +1,6 @@
 #include "engine/plan_split.h"
 
+#include <string>
 #include <vector>
 
 #include "gtest/gtest.h"
@@ -48,6 +49,26 @@ TEST(PlanSplitTest, SharesHoldWhatIsTheirsInItsOrder) {
   EXPECT_EQ(shares[2].tokens, (std::vector<TokenId>{10, 11, 30, 31, 32, 33, 40}));
   EXPECT_EQ(shares[2].blocks, (std::vector<BlockId>{100, 300, 400}));
   EXPECT_TRUE(shares[2].suppressed.empty());
+}
+
+TEST(PlanSplitTest, ChecksWhatItRequires) {
+  EXPECT_EQ(CheckSplit(MakePlan(), 3), absl::OkStatus());
+  EXPECT_EQ(CheckSplit({}, 1), absl::OkStatus());
+  const auto refuses = [](void (*change)(StepPlan&), const char* words) {
+    StepPlan plan = MakePlan();
+    change(plan);
+    const absl::Status status = CheckSplit(plan, 3);
+    EXPECT_TRUE(absl::IsInvalidArgument(status)) << words;
+    EXPECT_NE(std::string(status.message()).find(words), std::string::npos) << status;
+  };
+  refuses([](StepPlan& p) { p.sequences[1].dp_rank = 3; }, "sequence 2");
+  refuses([](StepPlan& p) { p.sequences[1].dp_rank = -1; }, "dp_rank -1 of 3");
+  refuses([](StepPlan& p) { p.sequences[3].num_tokens = -1; }, "sequence 4");
+  refuses([](StepPlan& p) { p.sequences[0].num_blocks = -1; }, "num_blocks -1");
+  refuses([](StepPlan& p) { p.sequences[0].num_suppressed = -1; }, "num_suppressed -1");
+  refuses([](StepPlan& p) { p.tokens.pop_back(); }, "9 tokens");
+  refuses([](StepPlan& p) { p.blocks.push_back(0); }, "6 blocks");
+  refuses([](StepPlan& p) { p.suppressed.clear(); }, "0 suppressed");
 }
 
 TEST(PlanSplitTest, ADecodeStepIsOneTokenAndASampleOfEverySequence) {
