@@ -49,8 +49,9 @@ absl::Status PlanCheck::CheckSizes(const StepPlan& plan) const {
 }
 
 absl::Status PlanCheck::CheckSequence(const SequenceStep& s) const {
-  if (s.dp_rank != 0)
-    return Invalid("sequence ", s.id, ": dp_rank ", s.dp_rank, "; only 0 is here");
+  if (s.dp_rank != dp_rank_) {
+    return Invalid("sequence ", s.id, ": dp_rank ", s.dp_rank, "; only ", dp_rank_, " is here");
+  }
   if (s.num_tokens < 1) return Invalid("sequence ", s.id, ": num_tokens ", s.num_tokens);
   if (s.num_computed_tokens < 0) {
     return Invalid("sequence ", s.id, ": num_computed_tokens ", s.num_computed_tokens);

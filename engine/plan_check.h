@@ -14,7 +14,9 @@ namespace latentd {
 // Costs a few nanoseconds per token and block.
 class PlanCheck {
  public:
-  explicit PlanCheck(const EngineInfo& info) : info_(info), writer_(info.num_blocks, kNobody) {}
+  // `dp_rank`: of this engine's sequences.
+  explicit PlanCheck(const EngineInfo& info, int32_t dp_rank = 0)
+      : info_(info), dp_rank_(dp_rank), writer_(info.num_blocks, kNobody) {}
 
   // INVALID_ARGUMENT names the sequence, the field, the value and the limit.
   absl::Status Check(const StepPlan& plan);
@@ -28,6 +30,7 @@ class PlanCheck {
   absl::Status CheckWrites(const StepPlan& plan);
 
   const EngineInfo info_;
+  const int32_t dp_rank_;
   std::vector<int32_t> writer_;  // [num_blocks] which sequence of this plan writes the block
 };
 

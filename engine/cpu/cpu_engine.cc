@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -11,7 +12,9 @@
 #include "engine/cpu/aligned.h"
 #include "engine/cpu/attention.h"
 #include "engine/cpu/cpu_model.h"
+#include "engine/cpu/expert_exchange.h"
 #include "engine/cpu/forward.h"
+#include "engine/cpu/group_link.h"
 #include "engine/cpu/kernels.h"
 #include "engine/cpu/sampler.h"
 #include "engine/cpu/thread_pool.h"
@@ -29,12 +32,26 @@ absl::Status CheckOption(const char* name, int64_t value, int64_t lowest) {
   return absl::InvalidArgumentError(absl::StrCat(name, ": ", value, "; the least is ", lowest));
 }
 
+absl::Status CheckPlacement(const Placement& placement, bool in_group) {
+  RETURN_IF_ERROR(CheckOption("placement.world_size", placement.world_size, 1));
+  RETURN_IF_ERROR(CheckOption("placement.rank", placement.rank, 0));
+  if (placement.rank >= placement.world_size) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("placement.rank: ", placement.rank, " of ", placement.world_size));
+  }
+  if (placement.world_size > 1 && !in_group) {
+    return absl::InvalidArgumentError("placement: a rank of a group needs a transport");
+  }
+  return absl::OkStatus();
+}
+
 absl::Status CheckMemory(const ModelConfig& config, const ModelWeights& weights,
                          const CpuEngineOptions& options, int32_t max_model_len) {
-  const uint64_t packed = CpuModel::NumBytes(config, weights, max_model_len);
+  const uint64_t packed = CpuModel::NumBytes(config, weights, max_model_len, options.placement);
   const uint64_t cache = LatentCache::NumBytes(config, options.num_blocks);
-  const uint64_t activations = Forward::NumBytes(config, options.max_step_tokens) +
-                               uint64_t{sizeof(float)} * kLogitRows * config.vocab_size;
+  const uint64_t activations =
+      Forward::NumBytes(config, options.max_step_tokens, options.placement) +
+      uint64_t{sizeof(float)} * kLogitRows * config.vocab_size;
   const uint64_t available = AvailableMemoryBytes();
   if (packed + cache + activations <= available) return absl::OkStatus();
   constexpr double kMiB = 1 << 20;
@@ -48,27 +65,82 @@ absl::Status CheckMemory(const ModelConfig& config, const ModelWeights& weights,
 class CpuEngineImpl : public CpuEngine {
  public:
   CpuEngineImpl(std::unique_ptr<ThreadPool> pool, std::unique_ptr<CpuModel> model,
-                const EngineInfo& info)
+                const EngineInfo& info, const Placement& placement,
+                std::unique_ptr<GroupTransport> transport)
       : info_(info),
         pool_(std::move(pool)),
         model_(std::move(model)),
         cache_(model_->config, info.num_blocks),
         forward_(*model_, *SupportedKernels().front(), *pool_, cache_, info.max_step_tokens),
-        plan_check_(info),
+        plan_check_(info, placement.rank),
         logits_(size_t{kLogitRows} * info.vocab_size),
-        samplers_(pool_->num_threads()) {}
+        samplers_(pool_->num_threads()) {
+    if (transport != nullptr) {
+      link_ = std::make_unique<GroupLink>(placement, std::move(transport));
+    }
+  }
 
   bool ok() const { return cache_.ok(); }
   EngineInfo info() const override { return info_; }
 
   absl::StatusOr<StepResult> Execute(const StepPlan& plan) override {
+    if (link_ != nullptr) return ExecuteShare(plan);
     RETURN_IF_ERROR(plan_check_.Check(plan));
     if (plan.empty()) return StepResult();
-    forward_.Run(plan);
+    RETURN_IF_ERROR(forward_.Run(plan));
     return SampleAll(plan);
   }
 
+  absl::Status Join(const GroupSpec& group, absl::Time deadline) override {
+    if (link_ == nullptr) return NoGroup();
+    exchange_.reset();
+    RETURN_IF_ERROR(link_->Join(group, deadline));
+    ASSIGN_OR_RETURN(Communicator * communicator, link_->communicator());
+    if (group.world_size > 1) {
+      exchange_ = std::make_unique<ExpertExchange>(model_->config, *pool_, *communicator);
+    }
+    return absl::OkStatus();
+  }
+  void AbortGroup(const absl::Status& why) override {
+    if (link_ != nullptr) link_->Abort(why);
+  }
+  std::string waiting_in() const override { return link_ != nullptr ? link_->waiting_in() : ""; }
+  std::string transport() const override { return link_ != nullptr ? link_->transport() : ""; }
+  std::string address() const override { return link_ != nullptr ? link_->address() : ""; }
+
  private:
+  static absl::Status NoGroup() {
+    return absl::FailedPreconditionError("this CPU engine was made to be alone");
+  }
+
+  absl::StatusOr<StepResult> ExecuteShare(const StepPlan& plan) {
+    RETURN_IF_ERROR(link_->communicator().status());
+    if (absl::Status status = CheckShape(plan); !status.ok()) {
+      link_->Fail(status);
+      return status;
+    }
+    const absl::Status refused = plan_check_.Check(plan);
+    StepPlan nothing;
+    nothing.step = plan.step;
+    nothing.shape = plan.shape;
+    const absl::Status status = forward_.Run(refused.ok() ? plan : nothing, exchange_.get());
+    if (!status.ok()) link_->Fail(status);
+    RETURN_IF_ERROR(status);
+    RETURN_IF_ERROR(refused);
+    return SampleAll(plan);
+  }
+
+  // Whether this rank knows from the plan what the others do in its step.
+  absl::Status CheckShape(const StepPlan& plan) const {
+    const int64_t num_tokens = static_cast<int64_t>(plan.tokens.size());
+    if (plan.shape.num_tokens >= num_tokens && plan.shape.num_tokens <= info_.max_step_tokens) {
+      return absl::OkStatus();
+    }
+    return absl::InvalidArgumentError(absl::StrCat("plan: shape.num_tokens ", plan.shape.num_tokens,
+                                                   " for ", num_tokens, " tokens; the limit is ",
+                                                   info_.max_step_tokens));
+  }
+
   // A sequence that gets a token.
   struct Draw {
     const SequenceStep* sequence;
@@ -128,20 +200,24 @@ class CpuEngineImpl : public CpuEngine {
   LatentCache cache_;
   Forward forward_;
   PlanCheck plan_check_;
-  AlignedVector<float> logits_;    // [kLogitRows, vocab_size]
-  std::vector<Sampler> samplers_;  // [threads]
+  AlignedVector<float> logits_;      // [kLogitRows, vocab_size]
+  std::vector<Sampler> samplers_;    // [threads]
+  std::unique_ptr<GroupLink> link_;  // null: alone
+  std::unique_ptr<ExpertExchange>
+      exchange_;  // of the group of now; null where all experts are here
 };
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<CpuEngine>> CpuEngine::Create(const ModelConfig& config,
-                                                             const ModelWeights& weights,
-                                                             const CpuEngineOptions& options) {
+absl::StatusOr<std::unique_ptr<CpuEngine>> CpuEngine::Create(
+    const ModelConfig& config, const ModelWeights& weights, const CpuEngineOptions& options,
+    std::unique_ptr<GroupTransport> transport) {
   RETURN_IF_ERROR(CheckOption("num_threads", options.num_threads, 0));
   RETURN_IF_ERROR(CheckOption("num_blocks", options.num_blocks, 1));
   RETURN_IF_ERROR(CheckOption("max_step_tokens", options.max_step_tokens, 1));
   RETURN_IF_ERROR(CheckOption("max_sequences", options.max_sequences, 1));
   RETURN_IF_ERROR(CheckOption("max_model_len", options.max_model_len, 0));
+  RETURN_IF_ERROR(CheckPlacement(options.placement, transport != nullptr));
   if (options.max_model_len > config.max_position_embeddings) {
     return absl::InvalidArgumentError(absl::StrCat("max_model_len: ", options.max_model_len,
                                                    "; the model's max_position_embeddings is ",
@@ -154,14 +230,15 @@ absl::StatusOr<std::unique_ptr<CpuEngine>> CpuEngine::Create(const ModelConfig& 
   auto pool = std::make_unique<ThreadPool>(options.num_threads > 0 ? options.num_threads
                                                                    : NumAvailableCpus());
   ASSIGN_OR_RETURN(auto model, CpuModel::Build(config, weights, max_model_len, *pool,
-                                               options.quantize_activations));
+                                               options.quantize_activations, options.placement));
   const EngineInfo info{.num_blocks = options.num_blocks,
                         .num_dp_ranks = 1,
                         .max_step_tokens = options.max_step_tokens,
                         .max_sequences = options.max_sequences,
                         .max_model_len = max_model_len,
                         .vocab_size = config.vocab_size};
-  auto engine = std::make_unique<CpuEngineImpl>(std::move(pool), std::move(model), info);
+  auto engine = std::make_unique<CpuEngineImpl>(std::move(pool), std::move(model), info,
+                                                options.placement, std::move(transport));
   if (!engine->ok()) {
     return absl::ResourceExhaustedError(
         absl::StrCat("no address space for a KV cache of ", options.num_blocks, " blocks"));

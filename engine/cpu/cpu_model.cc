@@ -64,7 +64,7 @@ class Packer {
 };
 
 PackedLayer PackLayer(const ModelConfig& config, const LayerWeights& weights, bool moe,
-                      Packer& pack) {
+                      const ExpertRange& experts, Packer& pack) {
   PackedLayer layer;
   layer.input_layernorm = Floats(weights.input_layernorm);
   layer.post_attention_layernorm = Floats(weights.post_attention_layernorm);
@@ -95,7 +95,10 @@ PackedLayer PackLayer(const ModelConfig& config, const LayerWeights& weights, bo
   layer.mlp = pack(weights.moe.shared_experts);
   layer.router = pack(weights.moe.gate);
   layer.e_score_correction_bias = Floats(weights.moe.e_score_correction_bias);
-  for (const MlpWeights& expert : weights.moe.experts) layer.experts.push_back(pack(expert));
+  layer.experts.resize(config.n_routed_experts);
+  for (int32_t e = experts.first; e < experts.first + experts.count; ++e) {
+    layer.experts[e] = pack(weights.moe.experts[e]);
+  }
   return layer;
 }
 
@@ -107,18 +110,36 @@ uint64_t MlpBytes(const MlpWeights& mlp) {
   return LinearBytes(mlp.gate_proj) + LinearBytes(mlp.up_proj) + LinearBytes(mlp.down_proj);
 }
 
+absl::Status CheckExperts(const ModelConfig& config, const ModelWeights& weights,
+                          const ExpertRange& experts) {
+  for (int32_t layer = 0; layer < config.num_hidden_layers; ++layer) {
+    if (!config.is_moe_layer(layer)) continue;
+    for (int32_t e = experts.first; e < experts.first + experts.count; ++e) {
+      if (!weights.layers[layer].moe.experts[e].gate_proj.weight.empty()) continue;
+      return absl::InvalidArgumentError(absl::StrCat(
+          "layer ", layer, ": the weights of expert ", e, " are not loaded; this rank's are ",
+          experts.first, " to ", experts.first + experts.count - 1));
+    }
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<CpuModel>> CpuModel::Build(const ModelConfig& config,
                                                           const ModelWeights& weights,
                                                           int32_t num_positions, ThreadPool& pool,
-                                                          bool quantize_activations) {
+                                                          bool quantize_activations,
+                                                          const Placement& placement) {
   auto model = std::make_unique<CpuModel>();
   model->config = config;
+  model->experts = placement.Experts(config.n_routed_experts);
+  RETURN_IF_ERROR(CheckExperts(config, weights, model->experts));
   model->weights = weights;
   Packer pack(*model, pool, quantize_activations);
   for (int32_t i = 0; i < config.num_hidden_layers; ++i) {
-    model->layers.push_back(PackLayer(config, weights.layers[i], config.is_moe_layer(i), pack));
+    model->layers.push_back(
+        PackLayer(config, weights.layers[i], config.is_moe_layer(i), model->experts, pack));
     if (!pack.ok()) break;
   }
   model->norm = Floats(weights.norm);
@@ -132,13 +153,16 @@ absl::StatusOr<std::unique_ptr<CpuModel>> CpuModel::Build(const ModelConfig& con
 }
 
 uint64_t CpuModel::NumBytes(const ModelConfig& config, const ModelWeights& weights,
-                            int32_t num_positions) {
+                            int32_t num_positions, const Placement& placement) {
+  const ExpertRange experts = placement.Experts(config.n_routed_experts);
   uint64_t bytes = PackedBytes(config.vocab_size, config.hidden_size, weights.lm_head.dtype);
   for (const LayerWeights& layer : weights.layers) {
     bytes += LinearBytes(layer.q_proj) + LinearBytes(layer.q_a_proj) + LinearBytes(layer.q_b_proj) +
              LinearBytes(layer.kv_a_proj_with_mqa) + LinearBytes(layer.kv_b_proj) +
              LinearBytes(layer.o_proj) + MlpBytes(layer.mlp) + MlpBytes(layer.moe.shared_experts);
-    for (const MlpWeights& expert : layer.moe.experts) bytes += MlpBytes(expert);
+    for (size_t e = 0; e < layer.moe.experts.size(); ++e) {
+      if (experts.contains(static_cast<int32_t>(e))) bytes += MlpBytes(layer.moe.experts[e]);
+    }
   }
   return bytes + sizeof(float) * uint64_t{static_cast<uint32_t>(num_positions)} *
                      static_cast<uint64_t>(config.qk_rope_head_dim);

@@ -9,6 +9,7 @@
 #include "engine/cpu/packed_matrix.h"
 #include "engine/cpu/thread_pool.h"
 #include "engine/model/config.h"
+#include "engine/model/placement.h"
 #include "engine/model/rope.h"
 #include "engine/model/weights.h"
 
@@ -35,13 +36,14 @@ struct PackedLayer {
   PackedMlp mlp;                               // the dense MLP, or the shared experts
   PackedMatrix router;                         // [n_routed_experts, hidden_size]; MoE layers
   std::vector<float> e_score_correction_bias;  // [n_routed_experts]
-  std::vector<PackedMlp> experts;              // [n_routed_experts]
+  std::vector<PackedMlp> experts;              // [n_routed_experts]; empty ones are elsewhere
 };
 
 // The weights as the kernels read them. kv_b_proj appears as its two parts of each head, which the
 // absorbed form multiplies to the query (W_UK) and to the attention's latent output (W_UV).
 struct CpuModel {
   ModelConfig config;
+  ExpertRange experts;   // those that are here
   ModelWeights weights;  // embed_tokens is read where it lies
   std::vector<PackedLayer> layers;
   std::vector<float> norm;  // [hidden_size]
@@ -49,16 +51,18 @@ struct CpuModel {
   std::unique_ptr<Rope> rope;
   Arena arena;
 
-  // RESOURCE_EXHAUSTED when the system has no memory. `num_positions`: for the RoPE table.
-  // `quantize_activations`: see CpuEngineOptions.
+  // Of the routed experts, packs those of `placement` alone. INVALID_ARGUMENT when `weights` has
+  // them not, RESOURCE_EXHAUSTED when the system has no memory. `num_positions`: for the RoPE
+  // table. `quantize_activations`: see CpuEngineOptions.
   static absl::StatusOr<std::unique_ptr<CpuModel>> Build(const ModelConfig& config,
                                                          const ModelWeights& weights,
                                                          int32_t num_positions, ThreadPool& pool,
-                                                         bool quantize_activations = false);
+                                                         bool quantize_activations = false,
+                                                         const Placement& placement = {});
 
   // Bytes that Build takes on top of the checkpoint's own pages.
   static uint64_t NumBytes(const ModelConfig& config, const ModelWeights& weights,
-                           int32_t num_positions);
+                           int32_t num_positions, const Placement& placement = {});
 };
 
 }  // namespace latentd

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "engine/model/quantization.h"
+#include "engine/status.h"
 
 namespace latentd {
 namespace {
@@ -46,7 +47,8 @@ Forward::Forward(const CpuModel& model, const Kernels& kernels, ThreadPool& pool
   if (config_.yarn) softmax_scale_ *= config_.yarn->softmax_scale();
 }
 
-uint64_t Forward::NumBytes(const ModelConfig& c, int32_t max_step_tokens) {
+uint64_t Forward::NumBytes(const ModelConfig& c, int32_t max_step_tokens,
+                           const Placement& placement) {
   const uint64_t tile = std::min<int32_t>(max_step_tokens, kTileTokens);
   const uint64_t heads = c.num_attention_heads;
   uint64_t floats = Padded(c.hidden_size) + Padded(c.q_lora_rank.value_or(0)) +
@@ -55,15 +57,34 @@ uint64_t Forward::NumBytes(const ModelConfig& c, int32_t max_step_tokens) {
                     Padded(heads * c.v_head_dim) + c.hidden_size;
   // The MLPs: gathered input, gate and up, activation, output of each (token, expert); the largest
   // split input once more.
-  floats += uint64_t(c.num_experts_per_tok) *
+  const int64_t experts =
+      std::min(c.num_experts_per_tok, placement.Experts(c.n_routed_experts).count);
+  floats += uint64_t(experts) * placement.world_size *
             (Padded(c.hidden_size) + 3 * c.moe_intermediate_size + c.hidden_size);
   floats += 3 * uint64_t{static_cast<uint32_t>(
                     std::max(c.intermediate_size, c.n_shared_experts * c.moe_intermediate_size))};
   floats += 2 * heads * LatentCache::ValueDim(c);
+  if (placement.world_size > 1) floats += ExpertExchange::NumFloats(c, placement);
   return sizeof(float) * (tile * floats + uint64_t(max_step_tokens) * c.hidden_size);
 }
 
-void Forward::Run(const StepPlan& plan, TraceSink* trace) {
+absl::Status Forward::Run(const StepPlan& plan, ExpertExchange* exchange, TraceSink* trace) {
+  Embed(plan, trace);
+  const int num_tokens = static_cast<int>(plan.tokens.size());
+  const int most_tokens = exchange != nullptr ? plan.shape.num_tokens : num_tokens;
+  for (int layer = 0; layer < config_.num_hidden_layers; ++layer) {
+    for (int first = 0; first < most_tokens; first += kTileTokens) {
+      if (exchange != nullptr) exchange->BeginTile(std::min(kTileTokens, most_tokens - first));
+      const int begin = std::min(first, num_tokens);
+      const int end = std::min(first + kTileTokens, num_tokens);
+      RETURN_IF_ERROR(RunTile(plan, layer, begin, end, exchange, trace));
+    }
+  }
+  return absl::OkStatus();
+}
+
+// hidden_ of every token, and where its rows of the cache are.
+void Forward::Embed(const StepPlan& plan, TraceSink* trace) {
   const int num_tokens = static_cast<int>(plan.tokens.size());
   const int hidden = config_.hidden_size;
   tokens_.clear();
@@ -84,22 +105,24 @@ void Forward::Run(const StepPlan& plan, TraceSink* trace) {
     ToFloat(row, hidden_.data() + size_t(i) * hidden);
   }
   if (trace != nullptr) trace->Rows("embed", -1, hidden_.data(), num_tokens, hidden, hidden);
+}
 
-  for (int layer = 0; layer < config_.num_hidden_layers; ++layer) {
-    for (int begin = 0; begin < num_tokens; begin += kTileTokens) {
-      const int end = std::min(begin + kTileTokens, num_tokens);
-      const int rows = end - begin;
-      float* tile = hidden_.data() + size_t(begin) * hidden;
-      MakeSpans(plan, begin, end);
-      AttentionLayer(layer, begin, end, trace);
-      Normalize(tile, hidden, model_.layers[layer].post_attention_layernorm, config_.rms_norm_eps,
-                rows, x_.data(), x_stride_);
-      moe_.Run(layer, x_.data(), x_stride_, rows, block_out_.data(), hidden, trace);
-      if (trace != nullptr) trace->Rows("mlp_out", layer, block_out_.data(), rows, hidden, hidden);
-      kernels_.add(tile, block_out_.data(), rows * hidden);
-      if (trace != nullptr) trace->Rows("out", layer, tile, rows, hidden, hidden);
-    }
+absl::Status Forward::RunTile(const StepPlan& plan, int layer, int begin, int end,
+                              ExpertExchange* exchange, TraceSink* trace) {
+  const int rows = end - begin, hidden = config_.hidden_size;
+  float* tile = hidden_.data() + size_t(begin) * hidden;
+  if (rows > 0) {
+    MakeSpans(plan, begin, end);
+    AttentionLayer(layer, begin, end, trace);
+    Normalize(tile, hidden, model_.layers[layer].post_attention_layernorm, config_.rms_norm_eps,
+              rows, x_.data(), x_stride_);
   }
+  RETURN_IF_ERROR(
+      moe_.Run(layer, x_.data(), x_stride_, rows, block_out_.data(), hidden, exchange, trace));
+  if (trace != nullptr) trace->Rows("mlp_out", layer, block_out_.data(), rows, hidden, hidden);
+  kernels_.add(tile, block_out_.data(), rows * hidden);
+  if (trace != nullptr) trace->Rows("out", layer, tile, rows, hidden, hidden);
+  return absl::OkStatus();
 }
 
 void Forward::MakeSpans(const StepPlan& plan, int begin, int end) {

@@ -4,10 +4,12 @@
 #include <cstdint>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "absl/types/span.h"
 #include "engine/cpu/aligned.h"
 #include "engine/cpu/attention.h"
 #include "engine/cpu/cpu_model.h"
+#include "engine/cpu/expert_exchange.h"
 #include "engine/cpu/gemm.h"
 #include "engine/cpu/kernels.h"
 #include "engine/cpu/moe.h"
@@ -28,16 +30,24 @@ class Forward {
   Forward(const CpuModel& model, const Kernels& kernels, ThreadPool& pool, LatentCache& cache,
           int32_t max_step_tokens);
 
-  // Computes the last layer's output of every token of `plan` and writes the cache.
-  void Run(const StepPlan& plan, TraceSink* trace = nullptr);
+  // Computes the last layer's output of every token of `plan` and writes the cache. With an
+  // `exchange`, as one rank of a group: plan.shape says how many tiles there are, of which this
+  // rank takes part in all, with tokens or without. An error is the exchange's.
+  absl::Status Run(const StepPlan& plan, ExpertExchange* exchange = nullptr,
+                   TraceSink* trace = nullptr);
 
   // The logits of tokens `rows` of the last plan: out [rows, vocab_size] f32.
   void Logits(absl::Span<const int32_t> rows, float* out, TraceSink* trace = nullptr);
 
-  // Bytes of the activations.
-  static uint64_t NumBytes(const ModelConfig& config, int32_t max_step_tokens);
+  // Bytes of the activations; in a group, when its ranks choose no experts but this rank's.
+  static uint64_t NumBytes(const ModelConfig& config, int32_t max_step_tokens,
+                           const Placement& placement = {});
 
  private:
+  void Embed(const StepPlan& plan, TraceSink* trace);
+  // Tokens [begin, end) of the step through one layer.
+  absl::Status RunTile(const StepPlan& plan, int layer, int begin, int end,
+                       ExpertExchange* exchange, TraceSink* trace);
   // Tokens [begin, end) of the step, as parts of sequences.
   void MakeSpans(const StepPlan& plan, int begin, int end);
   void AttentionLayer(int layer, int begin, int end, TraceSink* trace);

@@ -5,6 +5,8 @@
 #include <cstring>
 
 #include "absl/container/inlined_vector.h"
+#include "engine/model/placement.h"
+#include "engine/status.h"
 
 namespace latentd {
 namespace {
@@ -78,25 +80,43 @@ void RouteToken(const ModelConfig& config, const float* scores, const float* bia
   }
 }
 
-void Moe::Run(int layer, const float* x, ptrdiff_t x_stride, int rows, float* out,
-              ptrdiff_t out_stride, TraceSink* trace) {
-  const ModelConfig& config = model_.config;
-  const PackedLayer& weights = model_.layers[layer];
-  const bool moe = config.is_moe_layer(layer);
-  const int assignments = moe ? rows * config.num_experts_per_tok : 0;
-  const int width = moe ? config.moe_intermediate_size : 0;
-  const int shared_width = weights.mlp.width;  // 0: no shared experts
+absl::Status Moe::Run(int layer, const float* x, ptrdiff_t x_stride, int rows, float* out,
+                      ptrdiff_t out_stride, ExpertExchange* exchange, TraceSink* trace) {
+  const bool moe = model_.config.is_moe_layer(layer);
+  first_.assign(model_.config.n_routed_experts + 1, 0);
   if (moe) {
     Route(layer, x, x_stride, rows, trace);
-    GroupByExpert(x, x_stride, rows);
+    RoutedRows routed{.x = x, .x_stride = x_stride, .experts = experts_.data(), .rows = rows};
+    if (exchange != nullptr) {
+      ASSIGN_OR_RETURN(routed, exchange->Dispatch(routed));
+    }
+    GroupByExpert(routed, x_stride);
   }
+  ComputeMlps(layer, x, x_stride, rows, out, out_stride);
+  if (moe) {
+    ExpertOutputs outputs{.outputs = outputs_.data(), .places = places_.data()};
+    if (exchange != nullptr) {
+      ASSIGN_OR_RETURN(outputs, exchange->Combine(outputs));
+    }
+    AddOutputs(outputs, rows, out, out_stride);
+  }
+  return absl::OkStatus();
+}
+
+// outputs_ of the assignments; out [rows, out_stride] of the dense MLP or the shared experts.
+void Moe::ComputeMlps(int layer, const float* x, ptrdiff_t x_stride, int rows, float* out,
+                      ptrdiff_t out_stride) {
+  const ModelConfig& config = model_.config;
+  const PackedLayer& weights = model_.layers[layer];
+  const int assignments = first_.back();
+  const int width = config.moe_intermediate_size;
+  const int shared_width = weights.mlp.width;  // 0: no shared experts
 
   // Gate and up of every expert and of the shared one, side by side.
   Grow(gate_up_, size_t{2} * (assignments * size_t(width) + rows * size_t(shared_width)));
-  float* shared_gate_up = gate_up_.data() + size_t{2} * assignments * width;
   inputs_.clear();
   jobs_.clear();
-  for (int e = 0; e < (moe ? config.n_routed_experts : 0); ++e) {
+  for (int e = 0; e < config.n_routed_experts; ++e) {
     if (first_[e] == first_[e + 1]) continue;
     jobs_.push_back({.input = static_cast<int>(inputs_.size()),
                      .matrix = &weights.experts[e].gate_up,
@@ -110,14 +130,45 @@ void Moe::Run(int layer, const float* x, ptrdiff_t x_stride, int rows, float* ou
   if (shared_width > 0) {
     jobs_.push_back({.input = static_cast<int>(inputs_.size()),
                      .matrix = &weights.mlp.gate_up,
-                     .out = shared_gate_up,
+                     .out = gate_up_.data() + size_t{2} * assignments * width,
                      .out_stride = 2 * shared_width});
     inputs_.push_back({.x = x, .stride = x_stride, .rows = rows, .k = config.hidden_size});
   }
   gemm_.Run(inputs_, jobs_);
+  Activate(assignments, rows, width, shared_width);
 
   const ptrdiff_t stride = Padded(width), shared_stride = Padded(shared_width);
+  Grow(outputs_, size_t(assignments) * config.hidden_size);
+  size_t next = 0;
+  for (int e = 0; e < config.n_routed_experts; ++e) {
+    if (first_[e] == first_[e + 1]) continue;
+    inputs_[next].x = activations_.data() + first_[e] * stride;
+    inputs_[next].stride = stride;
+    inputs_[next].k = width;
+    jobs_[next].matrix = &weights.experts[e].down;
+    jobs_[next].out = outputs_.data() + size_t(first_[e]) * config.hidden_size;
+    jobs_[next].out_stride = config.hidden_size;
+    ++next;
+  }
+  if (shared_width > 0) {
+    inputs_[next].x = activations_.data() + assignments * stride;
+    inputs_[next].stride = shared_stride;
+    inputs_[next].k = shared_width;
+    jobs_[next].matrix = &weights.mlp.down;
+    jobs_[next].out = out;
+    jobs_[next].out_stride = out_stride;
+  } else {
+    for (int row = 0; row < rows; ++row)
+      std::fill_n(out + row * out_stride, config.hidden_size, 0.0f);
+  }
+  gemm_.Run(inputs_, jobs_);
+}
+
+// activations_ from gate_up_.
+void Moe::Activate(int assignments, int rows, int width, int shared_width) {
+  const ptrdiff_t stride = Padded(width), shared_stride = Padded(shared_width);
   Grow(activations_, assignments * stride + rows * shared_stride);
+  const float* shared_gate_up = gate_up_.data() + size_t{2} * assignments * width;
   float* shared_activations = activations_.data() + assignments * stride;
   const int64_t grain = std::max<int64_t>(1, 8192 / std::max(shared_width, width));
   pool_.For(assignments + (shared_width > 0 ? rows : 0), grain,
@@ -135,32 +186,6 @@ void Moe::Run(int layer, const float* x, ptrdiff_t x_stride, int rows, float* ou
                 std::fill(activation + w, activation + (routed ? stride : shared_stride), 0.0f);
               }
             });
-
-  Grow(outputs_, size_t(assignments) * config.hidden_size);
-  size_t next = 0;
-  for (int e = 0; e < (moe ? config.n_routed_experts : 0); ++e) {
-    if (first_[e] == first_[e + 1]) continue;
-    inputs_[next].x = activations_.data() + first_[e] * stride;
-    inputs_[next].stride = stride;
-    inputs_[next].k = width;
-    jobs_[next].matrix = &weights.experts[e].down;
-    jobs_[next].out = outputs_.data() + size_t(first_[e]) * config.hidden_size;
-    jobs_[next].out_stride = config.hidden_size;
-    ++next;
-  }
-  if (shared_width > 0) {
-    inputs_[next].x = shared_activations;
-    inputs_[next].stride = shared_stride;
-    inputs_[next].k = shared_width;
-    jobs_[next].matrix = &weights.mlp.down;
-    jobs_[next].out = out;
-    jobs_[next].out_stride = out_stride;
-  } else {
-    for (int row = 0; row < rows; ++row)
-      std::fill_n(out + row * out_stride, config.hidden_size, 0.0f);
-  }
-  gemm_.Run(inputs_, jobs_);
-  if (moe) Combine(rows, out, out_stride);
 }
 
 void Moe::Route(int layer, const float* x, ptrdiff_t x_stride, int rows, TraceSink* trace) {
@@ -188,36 +213,43 @@ void Moe::Route(int layer, const float* x, ptrdiff_t x_stride, int rows, TraceSi
   }
 }
 
-void Moe::GroupByExpert(const float* x, ptrdiff_t x_stride, int rows) {
-  const int n = model_.config.n_routed_experts, k = model_.config.num_experts_per_tok;
-  const int assignments = rows * k;
-  first_.assign(n + 1, 0);
-  for (int i = 0; i < assignments; ++i) ++first_[experts_[i] + 1];
-  for (int e = 0; e < n; ++e) first_[e + 1] += first_[e];
-  Grow(places_, assignments);
+// first_, places_ and gathered_ of the assignments that are for experts of this rank.
+void Moe::GroupByExpert(const RoutedRows& routed, ptrdiff_t x_stride) {
+  const int k = model_.config.num_experts_per_tok, hidden = model_.config.hidden_size;
+  const int count = routed.rows * k;
+  const ExpertRange here = model_.experts;
+  for (int i = 0; i < count; ++i) {
+    if (here.contains(routed.experts[i])) ++first_[routed.experts[i] + 1];
+  }
+  for (int e = 0; e < model_.config.n_routed_experts; ++e) first_[e + 1] += first_[e];
+  Grow(places_, count);
   std::vector<int32_t> next(first_.begin(), first_.end() - 1);
-  for (int i = 0; i < assignments; ++i) places_[i] = next[experts_[i]]++;
-  Grow(gathered_, size_t(assignments) * x_stride);
-  pool_.For(assignments, 64, [&](int64_t begin, int64_t end, int) {
+  for (int i = 0; i < count; ++i) {
+    places_[i] = here.contains(routed.experts[i]) ? next[routed.experts[i]]++ : -1;
+  }
+  Grow(gathered_, size_t(first_.back()) * x_stride);  // whose columns beyond hidden_size stay 0
+  pool_.For(count, 64, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i) {
-      std::memcpy(gathered_.data() + places_[i] * x_stride, x + i / k * x_stride,
-                  sizeof(float) * x_stride);
+      if (places_[i] < 0) continue;
+      std::memcpy(gathered_.data() + places_[i] * x_stride, routed.x + i / k * routed.x_stride,
+                  sizeof(float) * hidden);
     }
   });
 }
 
 // out holds the shared experts' output. Transformers adds the routed ones first, from zero.
-void Moe::Combine(int rows, float* out, ptrdiff_t out_stride) {
+void Moe::AddOutputs(const ExpertOutputs& experts, int rows, float* out, ptrdiff_t out_stride) {
   const int hidden = model_.config.hidden_size, k = model_.config.num_experts_per_tok;
   const int64_t grain = std::max(1, 8192 / (hidden * k));
   pool_.For(rows, grain, [&](int64_t begin, int64_t end, int) {
     for (int64_t row = begin; row < end; ++row) {
-      // The first expert's output becomes the sum: every assignment is read by its token alone.
-      float* sum = outputs_.data() + size_t(places_[row * k]) * hidden;
+      const int32_t* places = experts.places + row * k;
+      // The first expert's output becomes the sum: every output is read by its token alone.
+      float* sum = experts.outputs + size_t(places[0]) * hidden;
       kernels_.scale(sum, weights_[row * k], hidden, sum);
       for (int j = 1; j < k; ++j) {
         kernels_.add_scaled(sum, weights_[row * k + j],
-                            outputs_.data() + size_t(places_[row * k + j]) * hidden, hidden);
+                            experts.outputs + size_t(places[j]) * hidden, hidden);
       }
       kernels_.add(out + row * out_stride, sum, hidden);
     }

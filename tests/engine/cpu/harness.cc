@@ -21,6 +21,12 @@ T OrDie(absl::StatusOr<T> result) {
   return *std::move(result);
 }
 
+void OrDie(const absl::Status& status) {
+  if (status.ok()) return;
+  std::fprintf(stderr, "%s\n", status.ToString().c_str());
+  std::exit(1);
+}
+
 std::string FullName(std::string_view name, int layer) {
   const std::string text(name);
   return layer < 0 ? text : absl::StrCat("layer", layer, "_", text);
@@ -104,7 +110,7 @@ StepPlan Runner::MakePlan(const std::vector<Part>& parts) {
 
 std::vector<float> Runner::Step(const std::vector<Part>& parts, TraceSink* trace) {
   const StepPlan plan = MakePlan(parts);
-  forward_->Run(plan, trace);
+  OrDie(forward_->Run(plan, nullptr, trace));
   std::vector<int32_t> rows(plan.tokens.size());
   std::iota(rows.begin(), rows.end(), 0);
   std::vector<float> logits(rows.size() * config().vocab_size);
@@ -119,9 +125,9 @@ std::vector<float> Runner::Prefill(const std::vector<TokenId>& tokens, int chunk
   std::vector<float> logits;
   for (int begin = 0; begin < length; begin += chunk) {
     const int end = std::min(begin + chunk, length);
-    forward_->Run(MakePlan({{.tokens = {tokens.begin() + begin, tokens.begin() + end},
-                             .num_computed = begin,
-                             .blocks = ConsecutiveBlocks(length, first_block)}}));
+    OrDie(forward_->Run(MakePlan({{.tokens = {tokens.begin() + begin, tokens.begin() + end},
+                                   .num_computed = begin,
+                                   .blocks = ConsecutiveBlocks(length, first_block)}})));
     if (end <= first_row) continue;
     std::vector<int32_t> rows(end - std::max(begin, first_row));
     std::iota(rows.begin(), rows.end(), std::max(begin, first_row) - begin);
