@@ -17,8 +17,10 @@ std::string CallName(CallKind kind) {
       return "ReduceScatter";
     case CallKind::kBarrier:
       return "Barrier";
+    case CallKind::kJoin:
+      return "Join";
   }
-  return absl::StrCat("call ", static_cast<int>(kind));
+  return absl::StrCat("call ", static_cast<uint32_t>(kind));
 }
 
 std::string CallText(const Call& call) {

@@ -9,10 +9,16 @@
 
 namespace latentd {
 
-// The collective calls. The values travel between processes.
-enum class CallKind : uint8_t { kAllGather = 1, kAllToAll = 2, kReduceScatter = 3, kBarrier = 4 };
+// The collective calls, and the joining of a group. The values travel between processes.
+enum class CallKind : uint32_t {
+  kAllGather = 1,
+  kAllToAll = 2,
+  kReduceScatter = 3,
+  kBarrier = 4,
+  kJoin = 5,
+};
 
-// One call of a communicator. Calls are counted from 1 on.
+// One call of a communicator. Calls are counted from 1 on; the number of a kJoin is the epoch.
 struct Call {
   CallKind kind = CallKind::kBarrier;
   uint64_t number = 0;

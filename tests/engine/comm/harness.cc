@@ -1,5 +1,6 @@
 #include "tests/engine/comm/harness.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -7,6 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "engine/comm/tcp_listener.h"
 #include "engine/status.h"
 
 namespace latentd {
@@ -23,7 +25,10 @@ uint64_t Mix(uint64_t seed, int call, int from, int to, size_t i) {
 
 std::vector<std::byte> Bytes(uint64_t seed, int call, int from, int to, size_t size) {
   std::vector<std::byte> bytes(size);
-  for (size_t i = 0; i < size; ++i) bytes[i] = std::byte(Mix(seed, call, from, to, i));
+  for (size_t i = 0; i < size; i += 8) {
+    const uint64_t word = Mix(seed, call, from, to, i);
+    std::memcpy(&bytes[i], &word, std::min<size_t>(8, size - i));
+  }
   return bytes;
 }
 
@@ -130,6 +135,24 @@ class Calls {
 };
 
 }  // namespace
+
+Group MakeTcpGroup(int world_size, absl::Duration call_timeout) {
+  std::vector<std::unique_ptr<TcpListener>> listeners;
+  std::vector<std::string> addresses;
+  for (int rank = 0; rank < world_size; ++rank) {
+    listeners.push_back(*TcpListener::Listen({.call_timeout = call_timeout}));
+    addresses.push_back(listeners.back()->address());
+  }
+  Group group(world_size);
+  for (const absl::Status& status : OnRanks(world_size, [&](int rank) {
+         auto joined = listeners[rank]->Join(1, rank, addresses, absl::Now() + absl::Seconds(60));
+         if (joined.ok()) group[rank] = *std::move(joined);
+         return joined.status();
+       })) {
+    LATENTD_CHECK(status.ok());
+  }
+  return group;
+}
 
 std::vector<absl::Status> OnRanks(int num_ranks, const std::function<absl::Status(int)>& f) {
   std::vector<absl::Status> statuses(num_ranks);

@@ -16,6 +16,9 @@ namespace latentd {
 
 using Group = std::vector<std::unique_ptr<Communicator>>;  // [world_size]
 
+// Ranks that each listen on a port of this host, and have joined group 1.
+Group MakeTcpGroup(int world_size, absl::Duration call_timeout);
+
 // Calls f(rank) on a thread of its own for each rank, and returns what they return.
 std::vector<absl::Status> OnRanks(int num_ranks, const std::function<absl::Status(int)>& f);
 
