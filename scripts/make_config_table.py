@@ -23,7 +23,7 @@ def table(help_text: str) -> str:
     # Each help text begins in a column of its own, on the flag's line or the next.
     for option in re.findall(r'^  (--.*(?:\n {6,}.*)*)', group, re.M):
         flags, _, rest = option.partition(' ')
-        value, meaning = re.split(r'\s{2,}|\n\s*|(?<=\d) (?=[A-Z])', rest, maxsplit=1)
+        value, meaning = re.split(r'\s{2,}|\n\s*|(?:(?<=\d)|(?<=true)|(?<=false)) (?=[A-Z])', rest, maxsplit=1)
         unit, _, default = value.partition('=')
         meaning = re.sub(r'\s+', ' ', meaning)
         bounds = re.search(r' \[(.*) \.\. (.*)\]$', meaning)

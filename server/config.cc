@@ -16,130 +16,7 @@
 namespace latentd {
 namespace {
 
-constexpr int64_t kMaxTokens = int64_t{1} << 30;
-constexpr int64_t kDay = 24 * 3600 * 1000;  // milliseconds
 constexpr size_t kMaxFileBytes = size_t{1} << 20;
-
-const std::vector<ConfigKey>& Table() {
-  using C = ServeConfig;
-  using T = ConfigType;
-  static const auto* const kTable = new std::vector<ConfigKey>{
-      {"model", T::kString, &C::model,
-       "Directory of the checkpoint: config.json, *.safetensors, tokenizer.json. Empty: the demo "
-       "model."},
-      {"served_model_name", T::kString, &C::served_model_name,
-       "Name that clients may ask for. Empty: the last part of the model's path."},
-      {"load_format",
-       T::kString,
-       &C::load_format,
-       "Where weights come from: auto and safetensors read the checkpoint, dummy draws random "
-       "ones.",
-       0,
-       0,
-       "",
-       {"auto", "safetensors", "dummy"}},
-      {"engine",
-       T::kString,
-       &C::engine,
-       "What computes the model: auto is cuda where a Hopper GPU is, else cpu.",
-       0,
-       0,
-       "",
-       {"auto", "cpu", "cuda"}},
-      {"listen", T::kAddress, &C::listen,
-       "Address of the gRPC listener, host:port; port 0 takes a free one."},
-      {"http_listen", T::kAddress, &C::http_listen,
-       "Address of the HTTP listener (/metrics /healthz /livez /readyz), ip:port. Empty: none."},
-      {"threads", T::kInt, &C::threads, "Threads that compute, of the CPU engine. 0: one per core.",
-       0, 4096, "threads"},
-      {"device", T::kInt, &C::device, "The GPU of the CUDA engine, as the driver counts them.", 0,
-       1023, "GPU"},
-      {"kv_cache_memory", T::kSize, &C::kv_cache_memory,
-       "Memory of the latent KV cache; rounded down to whole blocks of 64 tokens. 0: 1 GiB on the "
-       "CPU; on a GPU all that is left beside weights and workspace.",
-       0, int64_t{1} << 50},
-      {"kv_cache_tokens", T::kInt, &C::kv_cache_tokens,
-       "Size of the KV cache in tokens instead of bytes, rounded up to whole blocks. 0: as "
-       "kv_cache_memory says.",
-       0, kMaxTokens, "tokens"},
-      {"max_model_len", T::kInt, &C::max_model_len,
-       "Longest prompt and completion together. 0: the model's max_position_embeddings, or what "
-       "the KV "
-       "cache holds if that is less.",
-       0, kMaxTokens, "tokens"},
-      {"max_step_tokens", T::kInt, &C::max_step_tokens,
-       "Tokens computed in one step, at most; longer prompts are computed in chunks.", 1, 1 << 20,
-       "tokens"},
-      {"max_running", T::kInt, &C::max_running, "Sequences computed in one step, at most.", 1,
-       65536, "sequences"},
-      {"max_waiting", T::kInt, &C::max_waiting,
-       "Requests that may wait for a place; one more is refused with RESOURCE_EXHAUSTED.", 1,
-       1 << 20, "requests"},
-      {"prefix_caching", T::kBool, &C::prefix_caching,
-       "Keep the KV cache of finished prompts and reuse it where a prompt begins alike."},
-      {"max_graph_sequences", T::kInt, &C::max_graph_sequences,
-       "Decode steps of up to so many sequences are launched as one CUDA graph. 0: none.", 0, 65536,
-       "sequences"},
-      {"batch_invariant", T::kBool, &C::batch_invariant,
-       "On the CUDA engine too a sequence's tokens do not depend, bit for bit, on what else is "
-       "computed; slower. The CPU engine is so always."},
-      {"step_deadline", T::kDuration, &C::step_deadline,
-       "A step that lasts longer is an engine that is lost: streams end with UNAVAILABLE and the "
-       "daemon exits. A loading that moves nothing for so long makes liveness fail.",
-       1000, kDay},
-      {"chat_template", T::kString, &C::chat_template,
-       "File of a Jinja chat template to use instead of the model's own. Empty: the model's."},
-      {"allow_request_chat_template", T::kBool, &C::allow_request_chat_template,
-       "Let requests bring their own chat template; for trusted clients only."},
-      {"max_message_bytes", T::kSize, &C::max_message_bytes,
-       "Largest request message; a larger one is refused with RESOURCE_EXHAUSTED.", 1024,
-       int64_t{1} << 30},
-      {"max_concurrent_requests", T::kInt, &C::max_concurrent_requests,
-       "Generating calls that may be open at once; one more is refused with RESOURCE_EXHAUSTED.", 1,
-       1 << 20, "calls"},
-      {"drain_timeout", T::kDuration, &C::drain_timeout,
-       "How long after SIGTERM running answers may go on; what is left then ends with UNAVAILABLE.",
-       0, kDay},
-      {"max_connection_age", T::kDuration, &C::max_connection_age,
-       "Age at which a connection is asked to reconnect, so that load spreads over new servers; "
-       "its "
-       "calls may still run for drain_timeout. 0: never.",
-       0, kDay},
-      {"keepalive_time", T::kDuration, &C::keepalive_time,
-       "A connection silent for so long is pinged.", 1000, kDay},
-      {"keepalive_timeout", T::kDuration, &C::keepalive_timeout,
-       "A ping unanswered for so long ends the connection and frees what its calls hold.", 1000,
-       kDay},
-      {"min_ping_interval", T::kDuration, &C::min_ping_interval,
-       "Clients that ping more often than this are disconnected (too_many_pings).", 1000, kDay},
-      {"log_level",
-       T::kString,
-       &C::log_level,
-       "Least level that is logged.",
-       0,
-       0,
-       "",
-       {"debug", "info", "warning", "error"}},
-      {"log_format",
-       T::kString,
-       &C::log_format,
-       "One line a record, as key=value text or as JSON.",
-       0,
-       0,
-       "",
-       {"text", "json"}},
-      {"termination_log", T::kString, &C::termination_log,
-       "File that gets the reason when the daemon fails (Kubernetes: /dev/termination-log). Empty: "
-       "none."},
-  };
-  return *kTable;
-}
-
-std::string WithUnderscores(std::string_view name) {
-  std::string text(name);
-  std::replace(text.begin(), text.end(), '-', '_');
-  return text;
-}
 
 // The whole of `text` as a number; nullopt if there is more, or less, than one.
 template <typename Number>
@@ -148,21 +25,6 @@ std::optional<Number> ParseNumber(std::string_view text) {
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
   if (error != std::errc() || end != text.data() + text.size()) return std::nullopt;
   return number;
-}
-
-int EditDistance(std::string_view a, std::string_view b) {
-  std::vector<int> row(b.size() + 1);
-  for (size_t j = 0; j <= b.size(); ++j) row[j] = static_cast<int>(j);
-  for (size_t i = 1; i <= a.size(); ++i) {
-    int diagonal = row[0];
-    row[0] = static_cast<int>(i);
-    for (size_t j = 1; j <= b.size(); ++j) {
-      const int substituted = diagonal + (a[i - 1] == b[j - 1] ? 0 : 1);
-      diagonal = row[j];
-      row[j] = std::min({row[j] + 1, row[j - 1] + 1, substituted});
-    }
-  }
-  return row[b.size()];
 }
 
 constexpr std::array<std::pair<std::string_view, int64_t>, 9> kSizeUnits = {{
@@ -199,6 +61,64 @@ bool IsAddress(std::string_view text) {
   return port && *port >= 0 && *port <= 65535;
 }
 
+// The place of this process in a LeaderWorkerSet, which gives these variables to its pods.
+absl::Status ApplyLeaderWorkerSet(const Environment& environment, ServeConfig* config) {
+  for (const auto& [variable, name] :
+       {std::pair{"LWS_GROUP_SIZE", "num_nodes"}, std::pair{"LWS_WORKER_INDEX", "node"}}) {
+    const char* value = environment(variable);
+    if (value == nullptr || *value == '\0') continue;
+    const absl::Status status = SetConfigValue(*FindConfigKey(name), value, config);
+    if (!status.ok()) {
+      return absl::InvalidArgumentError(
+          fmt::format("{}, from {}", std::string(status.message()), variable));
+    }
+  }
+  return absl::OkStatus();
+}
+
+void DefaultLeader(const Environment& environment, ServeConfig* config) {
+  const char* host = environment("LWS_LEADER_ADDRESS");
+  if (!config->leader.empty() || config->node == 0 || host == nullptr || *host == '\0') return;
+  const std::string listen = ClusterListenAddress(*config);
+  config->leader = host + listen.substr(listen.rfind(':'));
+}
+
+absl::Status CheckGroup(const ServeConfig& config) {
+  if (config.world_size % config.num_nodes != 0) {
+    return absl::InvalidArgumentError(fmt::format(
+        "world_size is {} and num_nodes is {}; every node must have as many ranks (num_nodes is "
+        "LWS_GROUP_SIZE where it is not given)",
+        config.world_size, config.num_nodes));
+  }
+  if (config.node >= config.num_nodes) {
+    return absl::InvalidArgumentError(
+        fmt::format("node is {}; with num_nodes {} allowed are 0 .. {}", config.node,
+                    config.num_nodes, config.num_nodes - 1));
+  }
+  if (config.leader.ends_with(":0")) {
+    return absl::InvalidArgumentError(fmt::format(
+        "leader is '{}'; its port must be the one that the leader listens on", config.leader));
+  }
+  if (config.num_nodes > 1 && ClusterListenAddress(config).ends_with(":0")) {
+    return absl::InvalidArgumentError(
+        fmt::format("cluster_listen is '{}'; with num_nodes {} the other nodes must know its port",
+                    config.cluster_listen, config.num_nodes));
+  }
+  if (config.node > 0 && config.leader.empty()) {
+    return absl::InvalidArgumentError(fmt::format(
+        "leader is empty; node {} must know it: host:port of the daemon's cluster_listen",
+        config.node));
+  }
+  const std::string listen = ClusterListenAddress(config);
+  if (HasRankProcesses(config) && !listen.ends_with(":0") &&
+      (listen == config.listen || listen == config.http_listen)) {
+    return absl::InvalidArgumentError(
+        fmt::format("cluster_listen and {} are both '{}'; they must differ",
+                    listen == config.listen ? "listen" : "http_listen", listen));
+  }
+  return absl::OkStatus();
+}
+
 // What no single key can tell.
 absl::Status CheckTogether(const ServeConfig& config) {
   if (config.listen.empty()) {
@@ -214,7 +134,7 @@ absl::Status CheckTogether(const ServeConfig& config) {
                     "token of the step",
                     config.max_step_tokens, config.max_running));
   }
-  return absl::OkStatus();
+  return CheckGroup(config);
 }
 
 }  // namespace
@@ -245,16 +165,6 @@ std::string SizeText(int64_t bytes) {
     }
   }
   return std::to_string(bytes);
-}
-
-absl::Span<const ConfigKey> ConfigKeys() { return Table(); }
-
-const ConfigKey* FindConfigKey(std::string_view name) {
-  const std::string normalized = WithUnderscores(name);
-  for (const ConfigKey& key : Table()) {
-    if (key.name == normalized) return &key;
-  }
-  return nullptr;
 }
 
 std::string ConfigFlag(const ConfigKey& key) {
@@ -304,21 +214,6 @@ std::string ConfigValue(const ConfigKey& key, const ServeConfig& config) {
       return absl::FormatDuration(config.*std::get<absl::Duration ServeConfig::*>(key.member));
   }
   return "";
-}
-
-std::string NearestConfigKey(std::string_view name) {
-  std::string normalized = WithUnderscores(name);
-  for (char& c : normalized) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
-  std::string nearest;
-  int best = std::max<int>(2, static_cast<int>(normalized.size()) / 3) + 1;
-  for (const ConfigKey& key : Table()) {
-    const int distance = EditDistance(normalized, key.name);
-    if (distance < best) {
-      best = distance;
-      nearest = key.name;
-    }
-  }
-  return nearest;
 }
 
 absl::Status SetConfigValue(const ConfigKey& key, std::string_view value, ServeConfig* config) {
@@ -419,8 +314,9 @@ absl::Status ApplyYaml(std::string_view text, std::string_view file, ServeConfig
 
 absl::StatusOr<ServeConfig> LoadServeConfig(
     const std::filesystem::path& file,
-    const std::vector<std::pair<std::string, std::string>>& flags) {
+    const std::vector<std::pair<std::string, std::string>>& flags, const Environment& environment) {
   ServeConfig config;
+  RETURN_IF_ERROR(ApplyLeaderWorkerSet(environment, &config));
   if (!file.empty()) {
     std::error_code code;
     const auto size = std::filesystem::file_size(file, code);
@@ -447,13 +343,25 @@ absl::StatusOr<ServeConfig> LoadServeConfig(
     }
     RETURN_IF_ERROR(SetConfigValue(*key, value, &config));
   }
+  DefaultLeader(environment, &config);
   RETURN_IF_ERROR(CheckTogether(config));
   return config;
 }
 
+bool HasRankProcesses(const ServeConfig& config) { return config.world_size > 1 || config.isolate; }
+
+std::string ClusterListenAddress(const ServeConfig& config) {
+  if (!config.cluster_listen.empty()) return config.cluster_listen;
+  return config.num_nodes > 1 ? "0.0.0.0:50052" : "127.0.0.1:0";
+}
+
+int32_t RanksPerNode(const ServeConfig& config) {
+  return static_cast<int32_t>(config.world_size / config.num_nodes);
+}
+
 std::string DescribeConfig(const ServeConfig& config) {
   std::string text;
-  for (const ConfigKey& key : Table()) {
+  for (const ConfigKey& key : ConfigKeys()) {
     text += fmt::format("{} = {}\n", key.name, ConfigValue(key, config));
   }
   return text;
@@ -465,7 +373,7 @@ std::string ExampleYaml() {
       "config`.\n"
       "# Flags of the same names win over this file: --max-running 64.\n";
   const ServeConfig defaults;
-  for (const ConfigKey& key : Table()) {
+  for (const ConfigKey& key : ConfigKeys()) {
     constexpr size_t kColumns = 98;
     std::string line = "#";
     std::istringstream words{std::string(key.help)};

@@ -2,7 +2,9 @@
 #define LATENTD_SERVER_CONFIG_H_
 
 #include <cstdint>
+#include <cstdlib>
 #include <filesystem>
+#include <functional>
 #include <limits>
 #include <optional>
 #include <string>
@@ -25,6 +27,16 @@ struct ServeConfig {
   std::string served_model_name;
   std::string load_format = "auto";
   std::string engine = "auto";
+
+  int64_t world_size = 1;
+  int64_t num_nodes = 1;
+  int64_t node = 0;
+  std::string leader;
+  std::string cluster_listen;
+  bool isolate = false;
+  absl::Duration group_timeout = absl::Minutes(2);
+  int64_t max_recoveries = 2;
+  absl::Duration recovery_timeout = absl::Minutes(5);
 
   std::string listen = "0.0.0.0:50051";
   std::string http_listen = "0.0.0.0:9090";
@@ -73,7 +85,11 @@ struct ConfigKey {
   int64_t max = std::numeric_limits<int64_t>::max();
   std::string_view unit = "";                  // kInt only: tokens, sequences, ...
   std::vector<std::string_view> choices = {};  // kString only; empty: any
+  bool shared = false;  // all processes of a group must have the same value: see ConfigHash()
 };
+
+// What of the environment LoadServeConfig() looks at: std::getenv, but for tests.
+using Environment = std::function<const char*(const char* name)>;
 
 absl::Span<const ConfigKey> ConfigKeys();
 const ConfigKey* FindConfigKey(std::string_view name);  // dashes and underscores are the same
@@ -99,11 +115,20 @@ absl::Status SetConfigValue(const ConfigKey& key, std::string_view value, ServeC
 // the key, and for an unknown key the nearest known one.
 absl::Status ApplyYaml(std::string_view text, std::string_view file, ServeConfig* config);
 
-// The whole configuration: defaults, then `file` (empty: none), then `flags` (key name, value) in
-// their order. Also checks what concerns several keys.
+// The whole configuration: defaults, those that a LeaderWorkerSet's variables give, then `file`
+// (empty: none), then `flags` (key name, value) in their order. Also checks what concerns several
+// keys.
 absl::StatusOr<ServeConfig> LoadServeConfig(
     const std::filesystem::path& file,
-    const std::vector<std::pair<std::string, std::string>>& flags);
+    const std::vector<std::pair<std::string, std::string>>& flags,
+    const Environment& environment = [](const char* name) { return std::getenv(name); });
+
+// True when the engine is computed by `latentd rank` processes.
+bool HasRankProcesses(const ServeConfig& config);
+// Where the daemon listens for them, the default filled in.
+std::string ClusterListenAddress(const ServeConfig& config);
+// The ranks of a node: [node * n, (node + 1) * n).
+int32_t RanksPerNode(const ServeConfig& config);
 
 // The key = value lines of `config`, for the log and `latentd check`.
 std::string DescribeConfig(const ServeConfig& config);

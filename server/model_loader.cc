@@ -1,7 +1,5 @@
 #include "server/model_loader.h"
 
-#include <openssl/evp.h>
-
 #include <algorithm>
 #include <fstream>
 #include <limits>
@@ -10,9 +8,9 @@
 #include <utility>
 
 #include "engine/model/generation_config.h"
-#include "engine/model/safetensors.h"
 #include "engine/status.h"
 #include "fmt/format.h"
+#include "server/fingerprint.h"
 #include "server/log.h"
 
 namespace latentd {
@@ -79,29 +77,6 @@ absl::StatusOr<std::shared_ptr<const ChatTemplate>> LoadChatTemplate(
   auto compiled = ChatTemplate::Compile(source, tokenizer);
   if (!compiled.ok()) return Prefixed(origin + ": ", compiled.status());
   return compiled;
-}
-
-// A digest that tells checkpoints apart without reading all of them: names, types, shapes, and of
-// each tensor the first and last bytes.
-absl::StatusOr<std::string> WeightsHash(const fs::path& dir) {
-  constexpr size_t kEdgeBytes = 64;
-  ASSIGN_OR_RETURN(const std::unique_ptr<Checkpoint> checkpoint, Checkpoint::Open(dir));
-  const std::unique_ptr<EVP_MD_CTX, decltype(&EVP_MD_CTX_free)> context(EVP_MD_CTX_new(),
-                                                                        EVP_MD_CTX_free);
-  EVP_DigestInit_ex(context.get(), EVP_sha256(), nullptr);
-  for (const auto& [name, tensor] : checkpoint->tensors()) {
-    const std::string head =
-        fmt::format("{} {} {}\n", name, DTypeName(tensor.dtype), tensor.ShapeString());
-    EVP_DigestUpdate(context.get(), head.data(), head.size());
-    const size_t bytes = tensor.num_bytes();
-    const size_t edge = std::min(bytes, kEdgeBytes);
-    EVP_DigestUpdate(context.get(), tensor.data, edge);
-    EVP_DigestUpdate(context.get(), tensor.data + (bytes - edge), edge);
-  }
-  unsigned char digest[EVP_MAX_MD_SIZE];
-  unsigned int size = 0;
-  EVP_DigestFinal_ex(context.get(), digest, &size);
-  return fmt::format("{:02x}", fmt::join(digest, digest + size, ""));
 }
 
 // Computes a few tokens and draws one, so that the first request does not pay for what is lazy, and
@@ -275,9 +250,7 @@ absl::StatusOr<LoadedModel> LoadModel(const ServeConfig& config, const ModelPath
       config.load_format == "dummy" ? LoadFormat::kDummy : LoadFormat::kSafetensors;
   ASSIGN_OR_RETURN(std::unique_ptr<Engine> engine,
                    MakeEngine(model, path.dir, format, settings, listener));
-  if (format == LoadFormat::kSafetensors) {
-    ASSIGN_OR_RETURN(served->weights_hash, WeightsHash(path.dir));
-  }
+  ASSIGN_OR_RETURN(served->weights_hash, CheckpointHash(config, path));
   const EngineInfo info = engine->info();
   served->max_model_len = info.max_model_len;
   served->kv_cache_tokens = int64_t{info.num_blocks} * kBlockSize;

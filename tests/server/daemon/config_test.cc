@@ -147,6 +147,85 @@ TEST(ConfigTest, KeysThatContradictEachOtherAreRefused) {
   EXPECT_EQ(error({{"listen", "0.0.0.0:0"}, {"http_listen", "0.0.0.0:0"}}), "");
 }
 
+// One process of a LeaderWorkerSet of `size` pods.
+Environment Pod(std::string size, std::string index) {
+  return [size, index](const char* name) -> const char* {
+    if (std::string_view(name) == "LWS_GROUP_SIZE") return size.c_str();
+    if (std::string_view(name) == "LWS_WORKER_INDEX") return index.c_str();
+    return std::string_view(name) == "LWS_LEADER_ADDRESS" ? "latentd-0.latentd.ns" : nullptr;
+  };
+}
+
+const Environment kNoPod = [](const char*) -> const char* { return nullptr; };
+
+TEST(ConfigTest, ALeaderWorkerSetGivesAProcessItsPlace) {
+  const auto worker = LoadServeConfig("", {{"world_size", "16"}}, Pod("2", "1"));
+  ASSERT_TRUE(worker.ok()) << worker.status();
+  EXPECT_EQ(worker->num_nodes, 2);
+  EXPECT_EQ(worker->node, 1);
+  EXPECT_EQ(worker->leader, "latentd-0.latentd.ns:50052");
+  EXPECT_EQ(RanksPerNode(*worker), 8);
+
+  const auto other_port =
+      LoadServeConfig("", {{"world_size", "2"}, {"cluster_listen", "0.0.0.0:7000"}}, Pod("2", "1"));
+  ASSERT_TRUE(other_port.ok()) << other_port.status();
+  EXPECT_EQ(other_port->leader, "latentd-0.latentd.ns:7000");
+
+  const auto leader = LoadServeConfig("", {{"world_size", "2"}}, Pod("2", "0"));
+  ASSERT_TRUE(leader.ok()) << leader.status();
+  EXPECT_EQ(leader->leader, "");  // it dials itself through cluster_listen
+  EXPECT_EQ(ClusterListenAddress(*leader), "0.0.0.0:50052");
+
+  // What is given wins.
+  const auto given = LoadServeConfig(
+      "", {{"world_size", "6"}, {"num_nodes", "3"}, {"node", "2"}, {"leader", "10.0.0.1:9"}},
+      Pod("2", "1"));
+  ASSERT_TRUE(given.ok()) << given.status();
+  EXPECT_EQ(given->num_nodes, 3);
+  EXPECT_EQ(given->node, 2);
+  EXPECT_EQ(given->leader, "10.0.0.1:9");
+
+  EXPECT_THAT(std::string(LoadServeConfig("", {}, Pod("two", "0")).status().message()),
+              AllOf(HasSubstr("num_nodes is 'two'"), HasSubstr("from LWS_GROUP_SIZE")));
+  // A daemon alone in a set of two pods has been told nothing of the other.
+  EXPECT_THAT(std::string(LoadServeConfig("", {}, Pod("2", "0")).status().message()),
+              AllOf(HasSubstr("world_size is 1"), HasSubstr("LWS_GROUP_SIZE")));
+}
+
+TEST(ConfigTest, AGroupThatCannotBeIsRefused) {
+  const auto error = [](std::vector<std::pair<std::string, std::string>> flags) {
+    return std::string(LoadServeConfig("", flags, kNoPod).status().message());
+  };
+  EXPECT_THAT(error({{"world_size", "16"}, {"num_nodes", "3"}}),
+              AllOf(HasSubstr("world_size is 16"), HasSubstr("num_nodes is 3")));
+  EXPECT_THAT(error({{"world_size", "4"}, {"num_nodes", "2"}, {"node", "2"}}),
+              HasSubstr("node is 2; with num_nodes 2 allowed are 0 .. 1"));
+  EXPECT_THAT(error({{"world_size", "4"}, {"num_nodes", "2"}, {"node", "1"}}),
+              HasSubstr("leader is empty; node 1"));
+  EXPECT_THAT(error({{"world_size", "4"}, {"num_nodes", "2"}, {"node", "1"}, {"leader", "x:0"}}),
+              HasSubstr("leader is 'x:0'"));
+  EXPECT_THAT(error({{"world_size", "4"}, {"num_nodes", "2"}, {"cluster_listen", "0.0.0.0:0"}}),
+              HasSubstr("cluster_listen is '0.0.0.0:0'; with num_nodes 2"));
+  EXPECT_THAT(error({{"world_size", "2"}, {"cluster_listen", "0.0.0.0:50051"}}),
+              HasSubstr("cluster_listen and listen are both"));
+  EXPECT_THAT(error({{"world_size", "2"}, {"cluster_listen", "0.0.0.0:9090"}}),
+              HasSubstr("cluster_listen and http_listen are both"));
+  EXPECT_THAT(error({{"world_size", "0"}}), HasSubstr("allowed are 1 .. 1024"));
+}
+
+TEST(ConfigTest, RanksAreProcessesWhereThereAreSeveralOrItIsAsked) {
+  ServeConfig config;
+  EXPECT_FALSE(HasRankProcesses(config));
+  config.isolate = true;
+  EXPECT_TRUE(HasRankProcesses(config));
+  EXPECT_EQ(ClusterListenAddress(config), "127.0.0.1:0");  // nobody else can reach it
+  config = {};
+  config.world_size = 2;
+  EXPECT_TRUE(HasRankProcesses(config));
+  config.cluster_listen = "10.0.0.1:7";
+  EXPECT_EQ(ClusterListenAddress(config), "10.0.0.1:7");
+}
+
 // deploy/latentd.yaml shows every key with its default; it is written by `latentd config`.
 TEST(ConfigTest, TheExampleFileIsUpToDate) {
   std::ifstream stream("deploy/latentd.yaml");
