@@ -148,9 +148,9 @@ class ClusterLeader::Nodes final : public PeerStream::Handler {
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(leader_->mutex_) {
     const ClusterOptions& options = leader_->options_;
     if (attach.version() != options.version) {
-      return absl::FailedPreconditionError(absl::StrCat(
-          "the node's version is '", attach.version(), "'; the leader's is '", options.version,
-          "'"));
+      return absl::FailedPreconditionError(absl::StrCat("the node's version is '", attach.version(),
+                                                        "'; the leader's is '", options.version,
+                                                        "'"));
     }
     if (attach.config_hash() != options.config_hash) {
       return absl::FailedPreconditionError(
@@ -158,16 +158,15 @@ class ClusterLeader::Nodes final : public PeerStream::Handler {
                        "'; the leader's is '", options.config_hash, "'"));
     }
     if (attach.node() < 1 || attach.node() >= options.num_nodes) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          "node is ", attach.node(), "; it must be at least 1 and less than num_nodes, ",
-          options.num_nodes));
+      return absl::InvalidArgumentError(
+          absl::StrCat("node is ", attach.node(),
+                       "; it must be at least 1 and less than num_nodes, ", options.num_nodes));
     }
     if (agents_.contains(attach.node())) {
       return absl::AlreadyExistsError(absl::StrCat("node ", attach.node(), " is there already, on ",
                                                    agents_[attach.node()].host));
     }
-    agents_[attach.node()] = {
-        .stream = stream, .host = attach.host(), .last_heard = absl::Now()};
+    agents_[attach.node()] = {.stream = stream, .host = attach.host(), .last_heard = absl::Now()};
     node_of_[stream.get()] = attach.node();
     LogEvent(spdlog::level::info, "node attached",
              {{"node", attach.node()}, {"host", attach.host()}, {"pid", attach.pid()}});
@@ -190,15 +189,12 @@ ClusterLeader::ClusterLeader(const ClusterOptions& options)
     : options_(options),
       group_(std::make_unique<RankGroup>(
           options,
-          [this](const ClusterStats::Rank& where, int32_t rank, int32_t pid,
-                 const std::string& why) ABSL_NO_THREAD_SAFETY_ANALYSIS {
-            KillRank(where.node, rank, pid, why);
-          })),
+          [this](const ClusterStats::Rank& where, int32_t rank, int32_t pid, const std::string& why)
+              ABSL_NO_THREAD_SAFETY_ANALYSIS { KillRank(where.node, rank, pid, why); })),
       ranks_(std::make_unique<Ranks>(this)),
       nodes_(std::make_unique<Nodes>(this)) {}
 
-absl::StatusOr<std::unique_ptr<ClusterLeader>> ClusterLeader::Start(
-    const ClusterOptions& options) {
+absl::StatusOr<std::unique_ptr<ClusterLeader>> ClusterLeader::Start(const ClusterOptions& options) {
   auto leader = std::unique_ptr<ClusterLeader>(new ClusterLeader(options));
   ASSIGN_OR_RETURN(leader->server_,
                    PeerServer::Start({.listen = options.listen,

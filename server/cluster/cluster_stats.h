@@ -47,11 +47,11 @@ struct ClusterStats {
   std::vector<Rank> ranks;  // [world_size]
   int64_t epoch = 0;        // of the latest forming
   bool formed = false;
-  int64_t num_formed = 0;                                  // formings that succeeded
-  std::array<int64_t, kNumLossReasons> ranks_lost = {};    // by reason
+  int64_t num_formed = 0;                                     // formings that succeeded
+  std::array<int64_t, kNumLossReasons> ranks_lost = {};       // by reason
   std::array<int64_t, kNumLossReasons> groups_given_up = {};  // by its first reason
   int64_t num_steps = 0;
-  std::string transport;  // of the tensors; empty before the first forming
+  std::string transport;            // of the tensors; empty before the first forming
   double last_forming_seconds = 0;  // from the loss, or the start, to the latest group
 };
 

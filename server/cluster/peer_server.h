@@ -38,7 +38,7 @@ class PeerStream {
   // dropped. Any thread, and so are the methods below.
   virtual void Send(grpc::ByteBuffer message) = 0;
   template <typename Message>
-    requires std::derived_from<Message, google::protobuf::Message>
+  requires std::derived_from<Message, google::protobuf::Message>
   void Send(const Message& message) {
     grpc::ByteBuffer buffer;
     bool own_buffer = false;

@@ -20,9 +20,8 @@ absl::Status FromWire(const v1::RankStatus& status) {
 }
 
 absl::Status Differs(std::string_view what, const std::string& theirs, const std::string& ours) {
-  return absl::FailedPreconditionError(
-      absl::StrCat("the rank's ", std::string(what), " is '", theirs, "'; the leader's is '", ours,
-                   "'"));
+  return absl::FailedPreconditionError(absl::StrCat("the rank's ", std::string(what), " is '",
+                                                    theirs, "'; the leader's is '", ours, "'"));
 }
 
 std::string_view Name(LossReason reason) { return kLossReasonNames[static_cast<size_t>(reason)]; }
@@ -38,10 +37,9 @@ EngineInfo LeastOf(EngineInfo info, const v1::EngineLimits& limits) {
 
 }  // namespace
 
-RankGroup::RankGroup(const ClusterOptions& options,
-                     std::function<void(const ClusterStats::Rank&, int32_t, int32_t,
-                                        const std::string&)>
-                         kill)
+RankGroup::RankGroup(
+    const ClusterOptions& options,
+    std::function<void(const ClusterStats::Rank&, int32_t, int32_t, const std::string&)> kill)
     : options_(options),
       kill_(std::move(kill)),
       members_(options.world_size),
@@ -95,11 +93,9 @@ absl::Status RankGroup::Join(const v1::RankJoin& join, std::shared_ptr<PeerStrea
   member.host = join.host();
   member.last_heard = now;
   member.num_early_losses = num_early_losses;
-  LogEvent(spdlog::level::info, "rank joined",
-           {{"rank", join.rank()},
-            {"node", join.node()},
-            {"host", join.host()},
-            {"pid", join.pid()}});
+  LogEvent(
+      spdlog::level::info, "rank joined",
+      {{"rank", join.rank()}, {"node", join.node()}, {"host", join.host()}, {"pid", join.pid()}});
   v1::LeaderMessage message;
   v1::Welcome& welcome = *message.mutable_welcome();
   welcome.set_world_size(options_.world_size);
@@ -152,12 +148,12 @@ void RankGroup::OnReady(int32_t rank, const v1::RankReady& ready, absl::Time now
   if (info_) {
     const EngineInfo least = LeastOf(*info_, limits);
     if (least.num_blocks < info_->num_blocks || least.max_step_tokens < info_->max_step_tokens ||
-        least.max_sequences < info_->max_sequences ||
-        least.max_model_len < info_->max_model_len || limits.vocab_size() != info_->vocab_size) {
-      return Lose(rank, LossReason::kUnfit,
-                  absl::StrCat("its limits are below those of the group: ",
-                               limits.ShortDebugString()),
-                  /*kill=*/true, now);
+        least.max_sequences < info_->max_sequences || least.max_model_len < info_->max_model_len ||
+        limits.vocab_size() != info_->vocab_size) {
+      return Lose(
+          rank, LossReason::kUnfit,
+          absl::StrCat("its limits are below those of the group: ", limits.ShortDebugString()),
+          /*kill=*/true, now);
     }
   }
   member.limits = limits;
@@ -291,11 +287,11 @@ void RankGroup::OnStepDeadline(absl::Time now) {
             {"step_deadline", absl::FormatDuration(options_.step_deadline)},
             {"missing", absl::StrJoin(missing, ",")},
             {"waiting", waiting}});
-  GiveUpEpoch(LossReason::kStepDeadline,
-              absl::StrCat("step ", step_->number, " took longer than ",
-                           absl::FormatDuration(options_.step_deadline), " (step_deadline): ",
-                           waiting),
-              now);
+  GiveUpEpoch(
+      LossReason::kStepDeadline,
+      absl::StrCat("step ", step_->number, " took longer than ",
+                   absl::FormatDuration(options_.step_deadline), " (step_deadline): ", waiting),
+      now);
 }
 
 std::string RankGroup::Waiting(RankState state) const {
@@ -336,8 +332,7 @@ void RankGroup::OnGone(int32_t rank, const std::string& how, absl::Time now) {
   Lose(rank, LossReason::kExited, how, /*kill=*/false, now);
 }
 
-void RankGroup::OnProcessExited(int32_t rank, int32_t pid, const std::string& how,
-                                absl::Time now) {
+void RankGroup::OnProcessExited(int32_t rank, int32_t pid, const std::string& how, absl::Time now) {
   if (rank < 0 || rank >= options_.world_size) return;
   LogEvent(shut_down_ ? spdlog::level::info : spdlog::level::warn, "rank exited",
            {{"rank", rank}, {"pid", pid}, {"how", how}});
@@ -384,7 +379,8 @@ void RankGroup::Lose(int32_t rank, LossReason reason, const std::string& why, bo
   member.stream.reset();
   member.state = RankState::kAbsent;
   CountEarlyLoss(rank, why);
-  GiveUpEpoch(reason, absl::StrCat("rank ", rank, " is lost: ", std::string(Name(reason)), ": ", why), now);
+  GiveUpEpoch(reason,
+              absl::StrCat("rank ", rank, " is lost: ", std::string(Name(reason)), ": ", why), now);
 }
 
 // Ends the epoch, if one is formed or being formed: the ranks that are left must abort.
@@ -416,9 +412,9 @@ void RankGroup::Tick(absl::Time now) {
     if (member.state == RankState::kAbsent) continue;
     if (now - member.last_heard > options_.heartbeat_timeout) {
       Lose(rank, LossReason::kSilent,
-           absl::StrCat("no sign of life for ",
-                        absl::FormatDuration(absl::Trunc(now - member.last_heard,
-                                                         absl::Milliseconds(1)))),
+           absl::StrCat(
+               "no sign of life for ",
+               absl::FormatDuration(absl::Trunc(now - member.last_heard, absl::Milliseconds(1)))),
            /*kill=*/true, now);
     } else if (member.state == RankState::kAborting && now > member.abort_deadline) {
       Lose(rank, LossReason::kAbortTimeout,

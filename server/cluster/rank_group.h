@@ -21,7 +21,8 @@ namespace latentd {
 struct ClusterOptions {
   std::string listen = "127.0.0.1:0";  // where ranks and agents come in
   int32_t world_size = 1;
-  int32_t num_nodes = 1;  // ranks are dealt out evenly: node n has those from n * world_size / num_nodes
+  int32_t num_nodes =
+      1;  // ranks are dealt out evenly: node n has those from n * world_size / num_nodes
   // What a rank must have too.
   std::string version;
   std::string config_hash;

@@ -128,9 +128,8 @@ absl::StatusOr<v1::Welcome> RankSession::Connect() {
       if (!why_ended_.ok()) return why_ended_;
     }
     if (!MayPass(welcome.status()) || absl::Now() >= deadline) {
-      return absl::Status(welcome.status().code(),
-                          absl::StrCat("cannot join ", options_.leader, ": ",
-                                       welcome.status().message()));
+      return absl::Status(welcome.status().code(), absl::StrCat("cannot join ", options_.leader,
+                                                                ": ", welcome.status().message()));
     }
     absl::SleepFor(absl::Milliseconds(100));
   }
@@ -210,9 +209,8 @@ void RankSession::RunEngine(int32_t num_blocks) {
       {
         absl::MutexLock lock(&mutex_);
         mutex_.Await(absl::Condition(
-            +[](RankSession* self) ABSL_NO_THREAD_SAFETY_ANALYSIS {
-              return self->ended_ || !self->work_.empty();
-            },
+            +[](RankSession* self)
+                 ABSL_NO_THREAD_SAFETY_ANALYSIS { return self->ended_ || !self->work_.empty(); },
             this));
         if (ended_) break;
         work.swap(work_);
@@ -294,10 +292,9 @@ void RankSession::Form(const v1::Form& form) {
       member_->Join(group, absl::Now() + absl::Milliseconds(form.timeout_ms()));
   Finish();
   if (status.ok()) {
-    LogEvent(spdlog::level::info, "joined",
-             {{"rank", options_.rank},
-              {"epoch", group.epoch},
-              {"transport", member_->transport()}});
+    LogEvent(
+        spdlog::level::info, "joined",
+        {{"rank", options_.rank}, {"epoch", group.epoch}, {"transport", member_->transport()}});
   }
   v1::RankMessage message;
   v1::Formed& formed = *message.mutable_formed();

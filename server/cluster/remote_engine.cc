@@ -58,8 +58,8 @@ absl::Status RemoteEngine::CheckResult(const StepPlan& share, const StepResult& 
           absl::StrCat("token ", token, "; vocab_size is ", info_.vocab_size));
     }
   }
-  if (result.device && !(std::isfinite(result.device->busy_seconds) &&
-                         std::isfinite(result.device->idle_seconds))) {
+  if (result.device &&
+      !(std::isfinite(result.device->busy_seconds) && std::isfinite(result.device->idle_seconds))) {
     return absl::InternalError("device times that are no numbers");
   }
   return absl::OkStatus();

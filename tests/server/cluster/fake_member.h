@@ -23,14 +23,14 @@ namespace latentd {
 // What may go wrong with a rank.
 enum class Fault {
   kNone,
-  kDie,         // its process is gone, before it has computed
-  kError,       // an error of the collective
-  kFewTokens,   // a result with a token less than it must have
-  kBadToken,    // a result with a token that is none
+  kDie,        // its process is gone, before it has computed
+  kError,      // an error of the collective
+  kFewTokens,  // a result with a token less than it must have
+  kBadToken,   // a result with a token that is none
 
-  kHang,        // waits until it is told to abort
+  kHang,         // waits until it is told to abort
   kHangForEver,  // does not listen to that either, until its process is killed
-  kLost,        // its engine will compute nothing any more
+  kLost,         // its engine will compute nothing any more
 };
 inline constexpr int kNumFaults = 8;
 

@@ -66,9 +66,7 @@ class Served {
   EngineCore& core() { return *core_; }
   EventLog& log() { return log_; }
   ClusterStats stats() const { return cluster_.leader->stats(); }
-  int64_t lost(LossReason reason) const {
-    return stats().ranks_lost[static_cast<size_t>(reason)];
-  }
+  int64_t lost(LossReason reason) const { return stats().ranks_lost[static_cast<size_t>(reason)]; }
   int64_t given_up(LossReason reason) const {
     return stats().groups_given_up[static_cast<size_t>(reason)];
   }
