@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "engine/cpu/cpu_engine.h"
+#include "engine/cpu/tcp_transport.h"
 #include "engine/model/host_memory.h"
 #include "engine/model/memory_plan.h"
 #include "engine/status.h"
@@ -15,33 +16,38 @@ namespace latentd {
 namespace {
 
 // The CPU engine holds FP8 and bf16 weights as bf16, f32 ones as f32, and the cache as f32.
-MemoryPlan CpuMemoryPlan(const ModelConfig& model, int32_t num_blocks) {
+MemoryPlan CpuMemoryPlan(const ModelConfig& model, const EngineSettings& settings) {
   return MakeMemoryPlan(
       model, {.weight_storage = model.quantization || model.dtype_bytes == 2 ? WeightStorage::kBf16
                                                                              : WeightStorage::kF32,
               .cache_element_bytes = 4,
-              .num_blocks = num_blocks});
+              .num_blocks = settings.num_blocks,
+              .placement = {.rank = settings.rank, .world_size = settings.world_size}});
 }
 
-absl::StatusOr<std::unique_ptr<Engine>> MakeCpuEngine(const ModelConfig& model,
-                                                      const std::filesystem::path& dir,
-                                                      LoadFormat format,
-                                                      const EngineSettings& settings,
-                                                      LoadListener* listener) {
-  const MemoryPlan plan = CpuMemoryPlan(model, settings.num_blocks);
+// With a `transport`: as a rank of a group.
+absl::StatusOr<std::unique_ptr<CpuEngine>> MakeCpuEngine(
+    const ModelConfig& model, const std::filesystem::path& dir, LoadFormat format,
+    const EngineSettings& settings, LoadListener* listener,
+    std::unique_ptr<GroupTransport> transport) {
+  const MemoryPlan plan = CpuMemoryPlan(model, settings);
+  const Placement placement = plan.options.placement;
   listener->OnPlan(plan.ToString());
   RETURN_IF_ERROR(CheckFits(plan, AvailableMemoryBytes()));
+  const LoadProgress progress = [listener](uint64_t done, uint64_t total) {
+    listener->OnProgress(done, total);
+  };
   ASSIGN_OR_RETURN(const ModelWeights weights,
-                   LoadWeights(model, dir, format, [listener](uint64_t done, uint64_t total) {
-                     listener->OnProgress(done, total);
-                   }));
+                   LoadWeights(model, dir, format, progress, placement));
   listener->OnPhase("engine");
   return CpuEngine::Create(model, weights,
                            {.num_threads = settings.threads,
                             .num_blocks = settings.num_blocks,
                             .max_step_tokens = settings.max_step_tokens,
                             .max_sequences = settings.max_sequences,
-                            .max_model_len = settings.max_model_len});
+                            .max_model_len = settings.max_model_len,
+                            .placement = placement},
+                           std::move(transport));
 }
 
 #ifdef LATENTD_HAVE_CUDA
@@ -88,7 +94,7 @@ absl::StatusOr<EngineMemory> PlanEngineMemory(const ModelConfig& model,
                                               const EngineSettings& settings,
                                               uint64_t available_bytes) {
   if (settings.kind == EngineKind::kCpu) {
-    const MemoryPlan plan = CpuMemoryPlan(model, settings.num_blocks);
+    const MemoryPlan plan = CpuMemoryPlan(model, settings);
     return EngineMemory{.table = plan.ToString(),
                         .num_blocks = settings.num_blocks,
                         .fits = CheckFits(plan, available_bytes)};
@@ -114,7 +120,7 @@ absl::StatusOr<std::unique_ptr<Engine>> MakeEngine(const ModelConfig& model,
                                                    LoadListener* listener) {
   listener->OnPhase("weights");
   if (settings.kind == EngineKind::kCpu) {
-    return MakeCpuEngine(model, dir, format, settings, listener);
+    return MakeCpuEngine(model, dir, format, settings, listener, nullptr);
   }
 #ifdef LATENTD_HAVE_CUDA
   return CudaEngine::Create(
@@ -131,6 +137,13 @@ absl::StatusOr<std::unique_ptr<GroupMember>> MakeGroupMember(const ModelConfig& 
                                                              LoadFormat format,
                                                              const EngineSettings& settings,
                                                              LoadListener* listener) {
+  if (settings.kind == EngineKind::kCpu) {
+    ASSIGN_OR_RETURN(std::unique_ptr<GroupTransport> transport,
+                     MakeTcpTransport({.listen = settings.tensor_listen,
+                                       .call_timeout = settings.call_timeout}));
+    listener->OnPhase("weights");
+    return MakeCpuEngine(model, dir, format, settings, listener, std::move(transport));
+  }
   ASSIGN_OR_RETURN(std::unique_ptr<Engine> engine,
                    MakeEngine(model, dir, format, settings, listener));
   auto* member = dynamic_cast<GroupMember*>(engine.get());

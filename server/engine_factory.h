@@ -10,6 +10,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
 #include "engine/engine.h"
 #include "engine/group_member.h"
 #include "engine/model/config.h"
@@ -43,6 +44,11 @@ struct EngineSettings {
   // (engine/model/placement.h).
   int32_t rank = 0;
   int32_t world_size = 1;
+  // CPU ranks: where the others reach this one, "host:port". Port 0 is a free one; on all
+  // interfaces its address() has no host, and whoever hands it on fills in how this host is called.
+  std::string tensor_listen = "0.0.0.0:0";
+  // CPU ranks: the end of a collective in which others do not come, for when nobody else ends it.
+  absl::Duration call_timeout = absl::Minutes(5);
 };
 
 // The memory that an engine takes.

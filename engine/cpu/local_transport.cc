@@ -87,7 +87,7 @@ class Meeting {
     return ranks;
   }
   std::string WaitText() const ABSL_SHARED_LOCKS_REQUIRED(mutex_) {
-    return absl::StrCat("Join of group ", epoch_, " for ", RanksText(Missing()));
+    return absl::StrCat("Join #", epoch_, " for ", RanksText(Missing()));
   }
   absl::Status Superseded(int64_t epoch) const ABSL_SHARED_LOCKS_REQUIRED(mutex_) {
     return absl::UnavailableError(
