@@ -5,15 +5,14 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <functional>
 #include <thread>
 
-#include "absl/synchronization/notification.h"
 #include "engine/cpu/cpu_engine.h"
 #include "engine/cpu/local_transport.h"
+#include "engine/cpu/tcp_transport.h"
 #include "engine/local_group.h"
 #include "engine/plan_split.h"
-#include "tests/engine/cpu/harness.h"
+#include "tests/engine/cpu/group_harness.h"
 
 namespace latentd {
 namespace {
@@ -38,35 +37,51 @@ CpuEngineOptions Options(int rank, int world_size) {
           .placement = {.rank = rank, .world_size = world_size}};
 }
 
-std::vector<std::unique_ptr<GroupMember>> MakeMembers(
-    int world_size, const LoadedModel& model = Tiny(),
-    absl::Duration call_timeout = absl::Seconds(60)) {
-  auto transports = MakeLocalTransports(world_size, call_timeout);
-  std::vector<std::unique_ptr<GroupMember>> members;
-  for (int rank = 0; rank < world_size; ++rank) {
-    auto engine = CpuEngine::Create(model.config, model.weights, Options(rank, world_size),
-                                    std::move(transports[rank]));
-    EXPECT_TRUE(engine.ok()) << engine.status();
-    members.push_back(*std::move(engine));
+using Members = std::vector<std::unique_ptr<GroupMember>>;
+
+// Ranks that are threads, or that meet as processes do.
+class CpuGroupTest : public ::testing::TestWithParam<std::string> {
+ protected:
+  std::vector<std::unique_ptr<GroupTransport>> MakeTransports(
+      int world_size, absl::Duration call_timeout = absl::Minutes(1)) const {
+    if (GetParam() == "local") return MakeLocalTransports(world_size, call_timeout);
+    std::vector<std::unique_ptr<GroupTransport>> transports;
+    for (int rank = 0; rank < world_size; ++rank) {
+      auto transport = MakeTcpTransport({.call_timeout = call_timeout});
+      EXPECT_TRUE(transport.ok()) << transport.status();
+      transports.push_back(*std::move(transport));
+    }
+    return transports;
   }
-  return members;
+
+  Members MakeMembers(int world_size, const LoadedModel& model = Tiny(),
+                      absl::Duration call_timeout = absl::Minutes(1)) const {
+    auto transports = MakeTransports(world_size, call_timeout);
+    Members members;
+    for (int rank = 0; rank < world_size; ++rank) {
+      auto engine = CpuEngine::Create(model.config, model.weights, Options(rank, world_size),
+                                      std::move(transports[rank]));
+      EXPECT_TRUE(engine.ok()) << engine.status();
+      members.push_back(*std::move(engine));
+    }
+    return members;
+  }
+};
+
+GroupSpec MakeSpec(const Members& members, int64_t epoch, int rank) {
+  GroupSpec group;
+  group.epoch = epoch;
+  group.rank = rank;
+  group.world_size = static_cast<int32_t>(members.size());
+  for (const auto& member : members) group.addresses.push_back(member->address());
+  return group;
 }
 
-// Calls body(rank) in a thread for each rank.
-void OnEachRank(int num_ranks, const std::function<void(int)>& body) {
-  std::vector<std::thread> threads;
-  for (int rank = 0; rank < num_ranks; ++rank) threads.emplace_back(body, rank);
-  for (std::thread& thread : threads) thread.join();
-}
-
-std::vector<absl::Status> JoinAll(const std::vector<std::unique_ptr<GroupMember>>& members,
-                                  int64_t epoch) {
-  const int n = static_cast<int>(members.size());
-  std::vector<absl::Status> statuses(n);
-  OnEachRank(n, [&](int rank) {
-    statuses[rank] = members[rank]->Join(
-        {.epoch = epoch, .rank = rank, .world_size = n, .addresses = {}, .nccl_unique_id = {}},
-        absl::Now() + absl::Seconds(60));
+std::vector<absl::Status> JoinAll(const Members& members, int64_t epoch) {
+  std::vector<absl::Status> statuses(members.size());
+  OnEachRank(static_cast<int>(members.size()), [&](int rank) {
+    statuses[rank] =
+        members[rank]->Join(MakeSpec(members, epoch, rank), absl::Now() + absl::Minutes(1));
   });
   return statuses;
 }
@@ -91,8 +106,8 @@ StepPlan MakePlan(const std::vector<int>& num_tokens, int num_ranks, float tempe
   return plan;
 }
 
-std::vector<absl::StatusOr<StepResult>> ExecuteAll(
-    const std::vector<std::unique_ptr<GroupMember>>& members, std::vector<StepPlan> shares) {
+std::vector<absl::StatusOr<StepResult>> ExecuteAll(const Members& members,
+                                                   std::vector<StepPlan> shares) {
   std::vector<absl::StatusOr<StepResult>> results(members.size());
   OnEachRank(static_cast<int>(members.size()),
              [&](int rank) { results[rank] = members[rank]->Execute(shares[rank]); });
@@ -104,7 +119,7 @@ std::vector<StepPlan> Shares(const StepPlan& plan, int num_ranks) {
   return shares;
 }
 
-TEST(CpuGroupTest, DrawsTheTokensOfTheEngineThatIsAlone) {
+TEST_P(CpuGroupTest, DrawsTheTokensOfTheEngineThatIsAlone) {
   const std::vector<int> num_tokens = {70, 3, 1, 1, 12};
   for (float temperature : {0.0f, 1.5f}) {
     auto alone = CpuEngine::Create(Tiny().config, Tiny().weights, Options(0, 1));
@@ -124,7 +139,7 @@ TEST(CpuGroupTest, DrawsTheTokensOfTheEngineThatIsAlone) {
   }
 }
 
-TEST(CpuGroupTest, IsInNoGroupUntilItHasJoined) {
+TEST_P(CpuGroupTest, IsInNoGroupUntilItHasJoined) {
   auto members = MakeMembers(2);
   const std::vector<StepPlan> shares = Shares(MakePlan({4}, 2), 2);
   for (const auto& result : ExecuteAll(members, shares)) {
@@ -132,33 +147,26 @@ TEST(CpuGroupTest, IsInNoGroupUntilItHasJoined) {
   }
   for (const absl::Status& status : JoinAll(members, 1)) EXPECT_TRUE(status.ok()) << status;
   for (const auto& result : ExecuteAll(members, shares)) EXPECT_TRUE(result.ok());
-  EXPECT_EQ(members[0]->transport(), "local");
+  EXPECT_EQ(members[0]->transport(), GetParam());
   EXPECT_EQ(members[1]->waiting_in(), "");
 }
 
-TEST(CpuGroupTest, JoinRefusesAnotherPlaceAndSaysWhoIsMissing) {
+TEST_P(CpuGroupTest, JoinRefusesAnotherPlaceAndSaysWhoIsMissing) {
   auto members = MakeMembers(3);
-  absl::Status status = members[1]->Join(
-      {.epoch = 1, .rank = 2, .world_size = 3, .addresses = {}, .nccl_unique_id = {}},
-      absl::InfiniteFuture());
+  absl::Status status = members[1]->Join(MakeSpec(members, 1, 2), absl::InfiniteFuture());
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
-  status = members[1]->Join(
-      {.epoch = 1, .rank = 1, .world_size = 3, .addresses = {}, .nccl_unique_id = {}},
-      absl::Now() + absl::Milliseconds(50));
+  status = members[1]->Join(MakeSpec(members, 1, 1), absl::Now() + absl::Milliseconds(50));
   EXPECT_EQ(status.code(), absl::StatusCode::kDeadlineExceeded);
   EXPECT_THAT(std::string(status.message()), HasSubstr("ranks 0, 2"));
   // The next forming is another one.
   for (const absl::Status& joined : JoinAll(members, 2)) EXPECT_TRUE(joined.ok()) << joined;
 }
 
-TEST(CpuGroupTest, AbortGroupEndsAJoin) {
+TEST_P(CpuGroupTest, AbortGroupEndsAJoin) {
   auto members = MakeMembers(2);
   absl::Status status;
-  std::thread joiner([&] {
-    status = members[0]->Join(
-        {.epoch = 1, .rank = 0, .world_size = 2, .addresses = {}, .nccl_unique_id = {}},
-        absl::Now() + absl::Minutes(5));
-  });
+  std::thread joiner(
+      [&] { status = members[0]->Join(MakeSpec(members, 1, 0), absl::Now() + absl::Minutes(5)); });
   while (members[0]->waiting_in().empty()) std::this_thread::yield();
   EXPECT_THAT(members[0]->waiting_in(), AllOf(HasSubstr("Join"), HasSubstr("rank 1")));
   members[0]->AbortGroup(absl::UnavailableError("the leader said so"));
@@ -167,17 +175,17 @@ TEST(CpuGroupTest, AbortGroupEndsAJoin) {
   EXPECT_THAT(std::string(status.message()), HasSubstr("the leader said so"));
 }
 
-TEST(CpuGroupTest, AbortGroupEndsAStepAndTheGroupUntilTheNextJoin) {
+TEST_P(CpuGroupTest, AbortGroupEndsAStepAndTheGroupUntilTheNextJoin) {
   auto members = MakeMembers(3);
   JoinAll(members, 1);
   const std::vector<StepPlan> shares = Shares(MakePlan({4, 4, 4}, 3), 3);
   // Rank 2 does not come.
   std::vector<absl::StatusOr<StepResult>> results(2);
   std::thread aborter([&] {
-    while (members[0]->waiting_in().empty() || members[1]->waiting_in().empty()) {
+    const std::string waits = "AllGather #1 for rank 2";
+    while (members[0]->waiting_in() != waits || members[1]->waiting_in() != waits) {
       std::this_thread::yield();
     }
-    EXPECT_THAT(members[0]->waiting_in(), AllOf(HasSubstr("All"), HasSubstr("rank 2")));
     members[0]->AbortGroup(absl::DeadlineExceededError("step 7 took too long"));
   });
   OnEachRank(2, [&](int rank) { results[rank] = members[rank]->Execute(shares[rank]); });
@@ -197,7 +205,7 @@ TEST(CpuGroupTest, AbortGroupEndsAStepAndTheGroupUntilTheNextJoin) {
 }
 
 // A rank that runs another number of collectives, or none, is an error that names it.
-TEST(CpuGroupTest, ARankThatReturnsEarlyIsNamed) {
+TEST_P(CpuGroupTest, ARankThatReturnsEarlyIsNamed) {
   auto members = MakeMembers(3, Tiny(), absl::Milliseconds(300));
   JoinAll(members, 1);
   std::vector<StepPlan> shares = Shares(MakePlan({4, 4, 4}, 3), 3);
@@ -211,7 +219,7 @@ TEST(CpuGroupTest, ARankThatReturnsEarlyIsNamed) {
   }
 }
 
-TEST(CpuGroupTest, ARefusedPlanCostsThePeersNothing) {
+TEST_P(CpuGroupTest, ARefusedPlanCostsThePeersNothing) {
   auto members = MakeMembers(3);
   JoinAll(members, 1);
   const std::vector<StepPlan> shares = Shares(MakePlan({4, 70, 4}, 3), 3);
@@ -232,7 +240,7 @@ TEST(CpuGroupTest, ARefusedPlanCostsThePeersNothing) {
   for (const auto& result : ExecuteAll(members, shares)) EXPECT_TRUE(result.ok());
 }
 
-TEST(CpuGroupTest, AShapeThatCannotBeEndsTheGroup) {
+TEST_P(CpuGroupTest, AShapeThatCannotBeEndsTheGroup) {
   for (int32_t num_tokens : {3, -1, 101, 1 << 30}) {
     auto members = MakeMembers(2);
     JoinAll(members, 1);
@@ -248,7 +256,7 @@ TEST(CpuGroupTest, AShapeThatCannotBeEndsTheGroup) {
 }
 
 // Two ranks that have other ideas of the step's shape are told, whatever they exchange.
-TEST(CpuGroupTest, ShapesThatDifferAreAnErrorForAll) {
+TEST_P(CpuGroupTest, ShapesThatDifferAreAnErrorForAll) {
   auto members = MakeMembers(2);
   JoinAll(members, 1);
   std::vector<StepPlan> shares = Shares(MakePlan({4, 4}, 2), 2);
@@ -260,7 +268,7 @@ TEST(CpuGroupTest, ShapesThatDifferAreAnErrorForAll) {
 
 // Logits of one sequence that are not finite: the collectives are done, the peers have their
 // tokens.
-TEST(CpuGroupTest, ASequenceThatCannotBeSampledCostsThePeersNothing) {
+TEST_P(CpuGroupTest, ASequenceThatCannotBeSampledCostsThePeersNothing) {
   LoadedModel model = Tiny();
   const auto bytes = model.weights.embed_tokens.num_bytes();
   std::vector<std::byte> embedding(model.weights.embed_tokens.data,
@@ -280,7 +288,7 @@ TEST(CpuGroupTest, ASequenceThatCannotBeSampledCostsThePeersNothing) {
   EXPECT_EQ(results[1]->sampled, expected[1]->sampled);
 }
 
-TEST(CpuGroupTest, HoldsItsOwnExpertsAndRefusesWeightsWithoutThem) {
+TEST_P(CpuGroupTest, HoldsItsOwnExpertsAndRefusesWeightsWithoutThem) {
   const std::filesystem::path dir = std::string(kVariants) + "base";
   const Placement second{.rank = 1, .world_size = 2};
   const auto weights = LoadWeights(Tiny().config, dir, LoadFormat::kSafetensors, nullptr, second);
@@ -289,30 +297,30 @@ TEST(CpuGroupTest, HoldsItsOwnExpertsAndRefusesWeightsWithoutThem) {
             CpuModel::NumBytes(Tiny().config, Tiny().weights, 120));
   EXPECT_EQ(CpuModel::NumBytes(Tiny().config, *weights, 120, second),
             CpuModel::NumBytes(Tiny().config, Tiny().weights, 120, second));
-  EXPECT_TRUE(CpuEngine::Create(Tiny().config, *weights, Options(1, 2),
-                                std::move(MakeLocalTransports(2, absl::Seconds(1))[1]))
-                  .ok());
-  const auto engine = CpuEngine::Create(Tiny().config, *weights, Options(0, 2),
-                                        std::move(MakeLocalTransports(2, absl::Seconds(1))[0]));
+  EXPECT_TRUE(
+      CpuEngine::Create(Tiny().config, *weights, Options(1, 2), std::move(MakeTransports(2)[1]))
+          .ok());
+  const auto engine =
+      CpuEngine::Create(Tiny().config, *weights, Options(0, 2), std::move(MakeTransports(2)[0]));
   EXPECT_EQ(engine.status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(std::string(engine.status().message()), HasSubstr("expert 0 are not loaded"));
 }
 
-TEST(CpuGroupTest, RefusesWrongPlacements) {
-  const auto create = [](int rank, int world_size, std::unique_ptr<GroupTransport> transport) {
+TEST_P(CpuGroupTest, RefusesWrongPlacements) {
+  const auto create = [&](int rank, int world_size, std::unique_ptr<GroupTransport> transport) {
     return CpuEngine::Create(Tiny().config, Tiny().weights, Options(rank, world_size),
                              std::move(transport))
         .status()
         .code();
   };
-  const auto transport = [] { return std::move(MakeLocalTransports(1, absl::Seconds(1))[0]); };
+  const auto transport = [&] { return std::move(MakeTransports(1)[0]); };
   EXPECT_EQ(create(2, 2, transport()), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(create(-1, 2, transport()), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(create(0, 0, transport()), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(create(0, 2, nullptr), absl::StatusCode::kInvalidArgument);
 }
 
-TEST(CpuGroupTest, AnEngineThatIsAloneJoinsNoGroup) {
+TEST(CpuEngineAloneTest, JoinsNoGroup) {
   auto engine = CpuEngine::Create(Tiny().config, Tiny().weights, Options(0, 1));
   ASSERT_TRUE(engine.ok());
   EXPECT_EQ((*engine)->Join({}, absl::InfiniteFuture()).code(),
@@ -320,6 +328,9 @@ TEST(CpuGroupTest, AnEngineThatIsAloneJoinsNoGroup) {
   (*engine)->AbortGroup(absl::UnavailableError("nobody"));
   EXPECT_TRUE((*engine)->Execute(MakePlan({4}, 1)).ok());
 }
+
+INSTANTIATE_TEST_SUITE_P(, CpuGroupTest, ::testing::Values("local", "tcp"),
+                         [](const auto& info) { return info.param; });
 
 }  // namespace
 }  // namespace latentd

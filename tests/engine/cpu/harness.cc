@@ -85,7 +85,7 @@ Runner::Runner(const LoadedModel& model, const RunnerOptions& options)
       model_(OrDie(CpuModel::Build(
           model.config, model.weights,
           options.max_positions > 0 ? options.max_positions : model.config.max_position_embeddings,
-          *pool_, options.quantize_activations))),
+          *pool_, options.quantize_activations, options.placement))),
       cache_(std::make_unique<LatentCache>(model.config, options.num_blocks)),
       forward_(std::make_unique<Forward>(*model_, *options.kernels, *pool_, *cache_,
                                          options.max_step_tokens)),

@@ -14,6 +14,7 @@
 #include "engine/cpu/kernels.h"
 #include "engine/cpu/thread_pool.h"
 #include "engine/model/config.h"
+#include "engine/model/placement.h"
 #include "engine/model/safetensors.h"
 #include "engine/model/weights.h"
 #include "engine/step.h"
@@ -55,6 +56,7 @@ struct RunnerOptions {
   int max_step_tokens = 2048;
   int max_positions = 0;  // 0: the model's
   bool quantize_activations = false;
+  Placement placement = {};  // of a group's rank
 };
 
 // The forward pass below CpuEngine: any kernels, every row's logits, a cache full of NaN.
@@ -63,6 +65,7 @@ class Runner {
   explicit Runner(const LoadedModel& model, const RunnerOptions& options = {});
 
   const ModelConfig& config() const { return model_->config; }
+  ThreadPool& pool() { return *pool_; }
   Forward& forward() { return *forward_; }
   LatentCache& cache() { return *cache_; }
 
