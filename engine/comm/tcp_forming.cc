@@ -31,18 +31,6 @@ constexpr milliseconds kLookupPause(5);
 constexpr auto kGreetingTime = std::chrono::seconds(5);  // for a visitor to say who it is
 constexpr size_t kMaxVisitors = 256;                     // that have not said it yet
 
-// FNV-1a over all addresses, each with its end.
-uint64_t Token(absl::Span<const std::string> addresses) {
-  uint64_t hash = 0xcbf29ce484222325;
-  for (const std::string& address : addresses) {
-    for (const char* c = address.c_str();; ++c) {
-      hash = (hash ^ static_cast<unsigned char>(*c)) * 0x100000001b3;
-      if (*c == '\0') break;
-    }
-  }
-  return hash;
-}
-
 // A fixed-size message that arrives in pieces.
 template <typename Message>
 struct Incoming {
@@ -125,7 +113,7 @@ struct Visitor {
 class Forming {
  public:
   Forming(const MeshSpec& spec, const Socket& listener, std::vector<PeerSockets>* peers)
-      : spec_(spec), listener_(listener), token_(Token(spec.addresses)), peers_(*peers) {
+      : spec_(spec), listener_(listener), token_(GroupToken(spec.addresses)), peers_(*peers) {
     peers_.clear();
     peers_.resize(spec.addresses.size());
   }
@@ -351,6 +339,17 @@ class Forming {
 };
 
 }  // namespace
+
+uint64_t GroupToken(absl::Span<const std::string> addresses) {
+  uint64_t hash = 0xcbf29ce484222325;  // FNV-1a, over each address with its end
+  for (const std::string& address : addresses) {
+    for (const char* c = address.c_str();; ++c) {
+      hash = (hash ^ static_cast<unsigned char>(*c)) * 0x100000001b3;
+      if (*c == '\0') break;
+    }
+  }
+  return hash;
+}
 
 absl::Status FormMesh(const MeshSpec& spec, const Socket& listener, int interrupt,
                       SteadyTime deadline, absl::FunctionRef<void(absl::Span<const int>)> missing,

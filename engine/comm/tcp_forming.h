@@ -24,6 +24,9 @@ struct MeshSpec {
   std::vector<std::string> addresses;  // [world_size] "host:port"
 };
 
+// What the ranks of one group tell each other, and no other's.
+uint64_t GroupToken(absl::Span<const std::string> addresses);
+
 // Connects this rank with each other one: it dials those below it, and takes from `listener` those
 // above it. A rank that does not answer, or is in another group still or already, is dialled again
 // until `deadline`. Connections that are no rank's of this group are closed and change nothing.

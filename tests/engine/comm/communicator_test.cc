@@ -2,6 +2,7 @@
 
 #include "engine/comm/communicator.h"
 
+#include <algorithm>
 #include <atomic>
 #include <functional>
 #include <string>
@@ -78,9 +79,9 @@ class GroupTest : public ::testing::TestWithParam<std::tuple<Kind, int>> {
 };
 
 TEST_P(GroupTest, RandomCallsGiveWhatTheModelSays) {
-  for (uint64_t seed = 0; seed < 4; ++seed) {
+  for (uint64_t seed = 0; seed < 3; ++seed) {
     Group group = Make();
-    const RandomCalls calls{.seed = seed, .num_calls = 60};
+    const RandomCalls calls{.seed = seed, .num_calls = 40};
     for (const absl::Status& status : OnRanks(
              world_size(), [&](int rank) { return MakeRandomCalls(calls, group[rank].get()); })) {
       EXPECT_TRUE(status.ok()) << "seed " << seed << ": " << status;
@@ -88,11 +89,23 @@ TEST_P(GroupTest, RandomCallsGiveWhatTheModelSays) {
   }
 }
 
-TEST_P(GroupTest, MegabytesFromEveryRankToEveryOtherAtTheSameTime) {
+TEST_P(GroupTest, LargeRandomCallsToo) {
   Group group = Make();
-  const RandomCalls calls{.seed = 9, .num_calls = 8, .max_bytes = (8u << 20) / world_size()};
+  const size_t n = world_size();
+  const RandomCalls calls{
+      .seed = 9, .num_calls = 6, .max_bytes = std::min<size_t>(3 << 20, (16 << 20) / (n * n))};
   for (const absl::Status& status :
        OnRanks(world_size(), [&](int rank) { return MakeRandomCalls(calls, group[rank].get()); })) {
+    EXPECT_TRUE(status.ok()) << status;
+  }
+}
+
+// More than any buffer of the kernel's: who sends all before it receives waits for ever.
+TEST_P(GroupTest, AllSendMoreAtTheSameTimeThanIsBuffered) {
+  Group group = Make();
+  for (const absl::Status& status : OnRanks(world_size(), [&](int rank) {
+         return Gather(group[rank].get(), (16 << 20) / world_size());
+       })) {
     EXPECT_TRUE(status.ok()) << status;
   }
 }
@@ -153,7 +166,7 @@ TEST_P(GroupTest, ARankThatNeverComesIsNamed) {
   if (world_size() == 1) GTEST_SKIP() << "one rank waits for nobody";
   const int absent = world_size() / 2;
   for (const AnyCall& call : AnyCalls()) {
-    Group group = Make(absl::Milliseconds(200));
+    Group group = Make(absl::Milliseconds(100));
     const std::vector<absl::Status> statuses = OnRanks(world_size(), [&](int rank) {
       return rank == absent ? absl::OkStatus() : call.make(group[rank].get());
     });
