@@ -41,9 +41,27 @@ std::string OneLine(std::string_view text) {
   return line;
 }
 
+// What stands behind a record's message.
+std::string FormatFields(LogFormat format, absl::Span<const LogField> fields) {
+  std::string text;
+  for (const LogField& field : fields) {
+    if (format == LogFormat::kJson) {
+      text += fmt::format(",{}:{}", JsonString(field.key()),
+                          field.quoted() ? JsonString(field.value()) : field.value());
+    } else {
+      const bool quotes = field.quoted() && NeedsQuotes(field.value());
+      text +=
+          fmt::format(" {}={}", field.key(), quotes ? JsonString(field.value()) : field.value());
+    }
+  }
+  return text;
+}
+
 class RecordFormatter : public spdlog::formatter {
  public:
-  explicit RecordFormatter(LogFormat format) : format_(format) {}
+  // `process`: the fields of all records, formatted.
+  RecordFormatter(LogFormat format, std::string process)
+      : format_(format), process_(std::move(process)) {}
 
   void format(const spdlog::details::log_msg& message, spdlog::memory_buf_t& out) override {
     std::string_view payload(message.payload.data(), message.payload.size());
@@ -59,19 +77,20 @@ class RecordFormatter : public spdlog::formatter {
     const auto level_view = spdlog::level::to_string_view(message.level);
     const std::string_view level(level_view.data(), level_view.size());
     const std::string line = format_ == LogFormat::kJson
-                                 ? fmt::format(R"({{"time":"{}","level":"{}",{}}})"
+                                 ? fmt::format(R"({{"time":"{}","level":"{}",{}{}}})"
                                                "\n",
-                                               time, level, payload)
-                                 : fmt::format("{} {:<7} {}\n", time, level, payload);
+                                               time, level, payload, process_)
+                                 : fmt::format("{} {:<7} {}{}\n", time, level, payload, process_);
     out.append(line.data(), line.data() + line.size());
   }
 
   std::unique_ptr<spdlog::formatter> clone() const override {
-    return std::make_unique<RecordFormatter>(format_);
+    return std::make_unique<RecordFormatter>(format_, process_);
   }
 
  private:
-  LogFormat format_;
+  const LogFormat format_;
+  const std::string process_;
 };
 
 void LogGrpc(gpr_log_func_args* args) {
@@ -88,19 +107,9 @@ LogField::LogField(std::string_view key, double value)
 
 std::string FormatRecord(LogFormat format, std::string_view message,
                          absl::Span<const LogField> fields) {
-  std::string text =
+  const std::string text =
       format == LogFormat::kJson ? "\"msg\":" + JsonString(message) : OneLine(message);
-  for (const LogField& field : fields) {
-    if (format == LogFormat::kJson) {
-      text += fmt::format(",{}:{}", JsonString(field.key()),
-                          field.quoted() ? JsonString(field.value()) : field.value());
-    } else {
-      const bool quotes = field.quoted() && NeedsQuotes(field.value());
-      text +=
-          fmt::format(" {}={}", field.key(), quotes ? JsonString(field.value()) : field.value());
-    }
-  }
-  return text;
+  return text + FormatFields(format, fields);
 }
 
 void LogEvent(spdlog::level::level_enum level, std::string_view message,
@@ -112,7 +121,7 @@ void LogEvent(spdlog::level::level_enum level, std::string_view message,
   logger->log(level, spdlog::string_view_t(payload.data(), payload.size()));
 }
 
-void InitLogging(LogFormat format, std::string_view level) {
+void InitLogging(LogFormat format, std::string_view level, absl::Span<const LogField> process) {
   g_format = format;
   g_writer = std::make_shared<spdlog::details::thread_pool>(kQueueRecords, 1);
   // Never destroyed: a thread that the end of the process does not wait for may still hold it.
@@ -120,7 +129,8 @@ void InitLogging(LogFormat format, std::string_view level) {
   *logger = std::make_shared<spdlog::async_logger>(
       "latentd", std::make_shared<spdlog::sinks::stderr_sink_mt>(), g_writer,
       spdlog::async_overflow_policy::overrun_oldest);
-  (*logger)->set_formatter(std::make_unique<RecordFormatter>(format));
+  (*logger)->set_formatter(
+      std::make_unique<RecordFormatter>(format, FormatFields(format, process)));
   (*logger)->set_level(spdlog::level::from_str(std::string(level)));
   spdlog::set_default_logger(*logger);
   gpr_set_log_function(LogGrpc);

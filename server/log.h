@@ -13,16 +13,6 @@ namespace latentd {
 
 enum class LogFormat { kText, kJson };
 
-// Sends spdlog's default logger, and gRPC's own messages, to standard error: one line a record,
-// each with time (UTC), level and message. Written by a thread of its own; when standard error does
-// not drain, the oldest records are dropped and no caller ever waits. Call once, before other
-// threads log.
-//   level: debug, info, warning or error.
-void InitLogging(LogFormat format, std::string_view level);
-
-// Writes out what is left. Later records go nowhere.
-void ShutdownLogging();
-
 // One key and value of a record.
 class LogField {
  public:
@@ -45,6 +35,17 @@ class LogField {
   std::string value_;
   bool quoted_ = false;
 };
+
+// Sends spdlog's default logger, and gRPC's own messages, to standard error: one line a record,
+// each with time (UTC), level and message. Written by a thread of its own; when standard error does
+// not drain, the oldest records are dropped and no caller ever waits. Call once, before other
+// threads log.
+//   level:   debug, info, warning or error.
+//   process: which process of several it is: the last fields of every record.
+void InitLogging(LogFormat format, std::string_view level, absl::Span<const LogField> process = {});
+
+// Writes out what is left. Later records go nowhere.
+void ShutdownLogging();
 
 // Logs `message` with its fields: `message key=value ...`, or the members of the JSON object.
 void LogEvent(spdlog::level::level_enum level, std::string_view message,

@@ -15,6 +15,7 @@
 #include "server/check.h"
 #include "server/client/bench.h"
 #include "server/client/chat.h"
+#include "server/cluster/node_process.h"
 #include "server/config.h"
 #include "server/model_loader.h"
 #include "server/serve.h"
@@ -95,6 +96,17 @@ void RegisterServeCommand(CLI::App& app, int* exit_code) {
     const auto invocation = ReadInvocation(*command, *flags);
     *exit_code = invocation.ok() ? RunServe(invocation->config, invocation->model)
                                  : Report("serve", invocation.status(), kServeUsage);
+  });
+}
+
+void RegisterNodeCommand(CLI::App& app, int* exit_code) {
+  CLI::App* command = app.add_subcommand(
+      "node", "Run the ranks of a node for a daemon on another one, and for the next when it ends");
+  const auto flags = AddConfigFlags(command);
+  command->callback([command, flags, exit_code] {
+    const auto invocation = ReadInvocation(*command, *flags);
+    *exit_code = invocation.ok() ? RunNode(invocation->config, invocation->model)
+                                 : Report("node", invocation.status(), kServeUsage);
   });
 }
 
@@ -194,6 +206,7 @@ int Main(int argc, char** argv) {
   app.set_version_flag("--version", std::string("latentd ") + kVersion);
   app.require_subcommand(1);
   RegisterServeCommand(app, &exit_code);
+  RegisterNodeCommand(app, &exit_code);
   RegisterChatCommand(app, &exit_code);
   RegisterBenchCommand(app, &exit_code);
   RegisterBenchEngineCommand(*app.get_subcommand("bench"), &exit_code);

@@ -3,14 +3,10 @@
 
 #include "server/config.h"
 #include "server/model_loader.h"
+#include "server/process_exit.h"
 #include "server/server.h"
 
 namespace latentd {
-
-// Exit codes of the daemon.
-inline constexpr int kServeOk = 0;      // asked to end, and every call had ended
-inline constexpr int kServeFailed = 1;  // could not listen or load, calls were cut off, engine lost
-inline constexpr int kServeUsage = 2;   // a flag or the configuration is wrong
 
 // `latentd serve`: the process around a Server. Loads, serves, and on SIGTERM or SIGINT drains:
 // readiness NOT_SERVING, running calls go on for config.drain_timeout at most, then UNAVAILABLE. A

@@ -1,5 +1,6 @@
 #include "server/log.h"
 
+#include <sstream>
 #include <string>
 
 #include "gtest/gtest.h"
@@ -53,6 +54,28 @@ TEST(LogTest, RecordsGoToStandardError) {
   const nlohmann::json second = nlohmann::json::parse(output.substr(end + 1));
   EXPECT_EQ(second["msg"], "free \"text\"");
   LogEvent(spdlog::level::info, "after the end", {});  // goes nowhere, and does no harm
+}
+
+TEST(LogTest, EveryRecordNamesItsProcess) {
+  ::testing::internal::CaptureStderr();
+  InitLogging(LogFormat::kJson, "info", {{"rank", 3}, {"node", "a b"}});
+  LogEvent(spdlog::level::info, "shown", {{"n", 1}});
+  spdlog::warn("free");
+  ShutdownLogging();
+  std::istringstream lines(::testing::internal::GetCapturedStderr());
+  int count = 0;
+  for (std::string line; std::getline(lines, line); ++count) {
+    const nlohmann::json record = nlohmann::json::parse(line);
+    EXPECT_EQ(record["rank"], 3) << line;
+    EXPECT_EQ(record["node"], "a b") << line;
+  }
+  EXPECT_EQ(count, 2);
+
+  ::testing::internal::CaptureStderr();
+  InitLogging(LogFormat::kText, "info", {{"rank", 12}});
+  LogEvent(spdlog::level::info, "shown", {{"n", 1}});
+  ShutdownLogging();
+  EXPECT_TRUE(::testing::internal::GetCapturedStderr().ends_with("shown n=1 rank=12\n"));
 }
 
 }  // namespace
