@@ -8,6 +8,8 @@
 #include <system_error>
 
 #include "engine/model/host_memory.h"
+#include "engine/model/memory_plan.h"
+#include "engine/model/placement.h"
 #include "engine/model/weights.h"
 #include "engine/status.h"
 #include "fmt/format.h"
@@ -40,17 +42,51 @@ std::string DescribeModel(const ModelPath& path, const ModelConfig& model) {
   return text;
 }
 
+double Gib(uint64_t bytes) { return static_cast<double>(bytes) / (1 << 30); }
+
+// How a group holds the model, beside the plan of one of its ranks: what all of them hold alike,
+// and what all together have.
+std::string DescribeGroup(const ServeConfig& config, const ModelConfig& model,
+                          const EngineSettings& engine, const EngineMemory& memory) {
+  std::string text = fmt::format(
+      "group: {} ranks on {} node{}, {} on each; a rank holds up to {} of {} routed experts, and "
+      "all "
+      "of the rest\n",
+      config.world_size, config.num_nodes, config.num_nodes == 1 ? "" : "s", RanksPerNode(config),
+      LocalExperts(model.n_routed_experts, 0, engine.world_size).count, model.n_routed_experts);
+  const MemoryPlan plan = MakeMemoryPlan(model, {});
+  const uint64_t vocabulary =
+      plan.part(WeightPart::kEmbedding).memory_bytes + plan.part(WeightPart::kHead).memory_bytes;
+  const uint64_t freed = vocabulary - vocabulary / config.world_size;
+  const uint64_t token_bytes = CacheBytesPerBlock(model, engine.kind) / kBlockSize;
+  text += fmt::format(
+      "embedding and head: whole on every rank, {:.2f} GiB; a {}th of them would leave {:.2f} GiB, "
+      "{} tokens of KV cache, more\n",
+      Gib(vocabulary), config.world_size, Gib(freed), freed / token_bytes);
+  if (memory.num_blocks > 0) {
+    const int64_t tokens = int64_t{memory.num_blocks} * kBlockSize;
+    text += fmt::format("KV cache: {} tokens on each rank, {} on all; a sequence lies on one\n",
+                        tokens, tokens * config.world_size);
+  }
+  return text;
+}
+
 }  // namespace
 
 absl::Status RunCheck(const ServeConfig& config, const ModelPath& path, uint64_t gpu_memory_bytes,
                       std::ostream& out) {
   ASSIGN_OR_RETURN(const ModelConfig model, ReadModelConfig(path));
   fmt::print(out, "{}\n", DescribeModel(path, model));
-  ASSIGN_OR_RETURN(const EngineSettings engine, ResolveEngine(config, model));
+  ASSIGN_OR_RETURN(EngineSettings engine, ResolveEngine(config, model));
+  // That of rank 0: where experts cannot be dealt out evenly, the first ranks hold one more.
+  engine.world_size = static_cast<int32_t>(config.world_size);
   const bool gpu = engine.kind == EngineKind::kCuda;
-  const uint64_t available = gpu ? gpu_memory_bytes : AvailableMemoryBytes();
+  // A node's CPU ranks share its memory; GPUs have their own.
+  const uint64_t available = gpu ? gpu_memory_bytes : AvailableMemoryBytes() / RanksPerNode(config);
   ASSIGN_OR_RETURN(const EngineMemory memory, PlanEngineMemory(model, engine, available));
-  fmt::print(out, "engine: {}\n{}", EngineName(engine.kind), memory.table);
+  fmt::print(out, "engine: {}{}\n{}", EngineName(engine.kind),
+             config.world_size > 1 ? ", each rank:" : "", memory.table);
+  if (config.world_size > 1) fmt::print(out, "{}", DescribeGroup(config, model, engine, memory));
   if (memory.num_blocks > 0) {
     const int64_t cache_tokens = int64_t{memory.num_blocks} * kBlockSize;
     fmt::print(out, "max_model_len: {} tokens\n",
@@ -79,10 +115,11 @@ absl::Status RunCheck(const ServeConfig& config, const ModelPath& path, uint64_t
     RETURN_IF_ERROR(CheckWeights(model, path.dir));
     fmt::print(out, "checkpoint: every tensor is there, none is surplus, shapes and types fit\n");
   }
-  const std::string_view where = gpu ? "such a GPU" : "this machine";
+  const std::string_view where = gpu                        ? "such a GPU"
+                                 : RanksPerNode(config) > 1 ? "this machine, shared by its ranks,"
+                                                            : "this machine";
   if (memory.fits.ok()) {
-    fmt::print(out, "memory: fits into the {:.1f} GiB that {} has left\n",
-               static_cast<double>(available) / (1 << 30), where);
+    fmt::print(out, "memory: fits into the {:.1f} GiB that {} has left\n", Gib(available), where);
   } else if (lone_config) {  // it is being planned for another machine
     fmt::print(out, "memory: not on {}: {}\n", where, std::string(memory.fits.message()));
   } else {

@@ -85,6 +85,31 @@ TEST(CheckTest, AGpuIsPlannedFor) {
   EXPECT_EQ(Check(config).status.code(), absl::StatusCode::kResourceExhausted);
 }
 
+// Two nodes of eight H100: what the daemon is for, planned from a config.json alone.
+TEST(CheckTest, AGroupOfSixteenIsPlannedFor) {
+  ServeConfig config;
+  config.model = "deploy/configs/deepseek-v3.json";
+  config.world_size = 16;
+  config.num_nodes = 2;
+  config.kv_cache_tokens = 1280;  // 20 blocks
+  const Checked cpu = Check(config);
+  ASSERT_TRUE(cpu.status.ok()) << cpu.status;
+  EXPECT_THAT(cpu.output, HasSubstr("group: 16 ranks on 2 nodes, 8 on each"));
+  EXPECT_THAT(cpu.output, HasSubstr("up to 16 of 256 routed experts"));
+  // 58 layers of 16 experts of three matrices of 7168 x 2048.
+  EXPECT_THAT(cpu.output, HasSubstr(std::to_string(int64_t{58} * 16 * 3 * 7168 * 2048)));
+  // Two matrices of 129280 x 7168 bf16.
+  EXPECT_THAT(cpu.output, HasSubstr("whole on every rank, 3.45 GiB"));
+  EXPECT_THAT(cpu.output, HasSubstr("KV cache: 1280 tokens on each rank, 20480 on all"));
+}
+
+TEST(CheckTest, ExpertsThatCannotBeDealtOutEvenlyAreCountedForTheFullestRank) {
+  ServeConfig config;
+  config.model = "deploy/configs/deepseek-v3.json";
+  config.world_size = 7;
+  EXPECT_THAT(Check(config).output, HasSubstr("up to 37 of 256 routed experts"));
+}
+
 TEST(CheckTest, WhatTheModelDoesNotAllowIsRefusedByKey) {
   ServeConfig config;
   config.max_model_len = 8193;
