@@ -20,6 +20,8 @@ using namespace kernel_family;  // NOLINT(google-build-using-namespace)
 // Up to so many rows a linear layer is the speed of its weights' bytes, where Fp8Gemm is ahead of
 // cuBLASLt.
 constexpr int kFp8GemmRows = 128;
+// From so many rows a group on Fp8GemmManyRows is ahead. Its sums have another order.
+constexpr int kManyRowsOfGroup = 128;
 // batch_invariant: the head is computed for so many rows at a time, always.
 constexpr int kInvariantLogitRows = 64;
 
@@ -102,7 +104,7 @@ class Pass {
     return Done(CudaStatus(error, call), family);
   }
 
-  const __nv_bfloat16* q() const { return config_.q_lora_rank ? buffers_.q_b : buffers_.qkv_a; }
+  __nv_bfloat16* q() const { return config_.q_lora_rank ? buffers_.q_b : buffers_.qkv_a; }
   int q_columns() const { return config_.num_attention_heads * config_.qk_head_dim(); }
   int64_t q_stride() const {
     return config_.q_lora_rank ? q_columns() : q_columns() + config_.latent_dim();
@@ -296,13 +298,14 @@ absl::Status Pass::AttendAbsorbed(int layer) {
 absl::Status Pass::AttendExpanded(int layer) {
   const GpuLayer& w = weights_.layers[layer];
   const int begin = shape_.absorbed_rows, rows = shape_.rows - begin;
-  RETURN_IF_ERROR(
-      Done(RopeQuery(q() + begin * q_stride(), q_stride(), rows, config_.num_attention_heads,
-                     weights_.rope, input_.positions + begin, buffers_.prefill_q, stream_),
-           "RopeQuery", kPrefillAttention));
+  __nv_bfloat16* queries = q() + begin * q_stride();
+  RETURN_IF_ERROR(Done(RopeQuery(queries, q_stride(), rows, config_.num_attention_heads,
+                                 weights_.rope, input_.positions + begin, stream_),
+                       "RopeQuery", kPrefillAttention));
   const LinearInput out = RowsFrom(buffers_.attention_out, begin, attention_columns());
   MlaPrefill::Layer args;
-  args.q = buffers_.prefill_q;
+  args.q = queries;
+  args.q_stride = q_stride();
   args.cache = cache(layer);
   args.w_uk = w.w_uk;
   args.w_uv = w.w_uv;
@@ -430,7 +433,8 @@ absl::Status Pass::RunGrouped(const Product& p) {
   args.out_stride = out_stride;
   args.swiglu = p.swiglu;
   args.workspace = buffers_.gemm_workspace;
-  return Done(Fp8Gemm(args, stream_), "Fp8Gemm", p.family);
+  const bool many = !parts_.batch_invariant && args.rows_per_group_hint >= kManyRowsOfGroup;
+  return Done(many ? Fp8GemmManyRows(args, stream_) : Fp8Gemm(args, stream_), "Fp8Gemm", p.family);
 }
 
 // Results of cuBLASLt depend on the number of rows, by the algorithm that it chooses.

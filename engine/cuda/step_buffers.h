@@ -50,7 +50,7 @@ struct StepBuffers {
   __nv_bfloat16* delta = nullptr;  // [rows, hidden_size] what a layer's half adds
   __nv_bfloat16* qkv_a = nullptr;  // [rows, qkv_a.n]
   LinearInput q_a;                 // [rows, q_lora_rank]
-  __nv_bfloat16* q_b = nullptr;    // [rows, num_heads * 192]
+  __nv_bfloat16* q_b = nullptr;    // [rows, num_heads * 192]; those of long chunks are rotated
   LinearInput attention_out;       // [rows, num_heads * 128]
 
   // Absorbed attention.
@@ -59,7 +59,6 @@ struct StepBuffers {
   std::byte* decode_workspace = nullptr;  // not shared: it may keep something between layers
 
   // Attention of long chunks.
-  __nv_bfloat16* prefill_q = nullptr;      // [rows, num_heads, 192]
   __nv_bfloat16* prefill_out = nullptr;    // [rows, num_heads * 128]; bf16 models use attention_out
   std::byte* prefill_workspace = nullptr;  // not shared: holds the step's plan
 

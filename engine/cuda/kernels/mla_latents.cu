@@ -101,15 +101,14 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks)
 }
 
 constexpr int kRopeWarps = 8;
-constexpr int kHeadsAtOnce = 4;  // of a warp
+constexpr int kHeadsAtOnce = 8;  // of a warp
 constexpr int kNopeDim = 128;
 constexpr int kHeadDim = kNopeDim + kRopeDim;
 
 __global__ void __launch_bounds__(kRopeWarps * 32)
-    RopeQueryKernel(const __nv_bfloat16* q, int64_t q_stride, int num_tokens, int num_heads,
-                    const RopeTable rope, const int32_t* positions, __nv_bfloat16* out) {
+    RopeQueryKernel(__nv_bfloat16* q, int64_t q_stride, int num_tokens, int num_heads,
+                    const RopeTable rope, const int32_t* positions) {
   LetNextBegin();
-  const int lane = threadIdx.x % 32;
   const int warps_of_token = (num_heads + kHeadsAtOnce - 1) / kHeadsAtOnce;
   const int64_t warp =
       static_cast<int64_t>(blockIdx.x) * kRopeWarps + static_cast<int>(threadIdx.x / 32);
@@ -118,24 +117,17 @@ __global__ void __launch_bounds__(kRopeWarps * 32)
   WaitForPrevious();
   if (token >= num_tokens) return;
   const int64_t position = positions[token];
-  const __nv_bfloat16* from = q + token * q_stride + first_head * kHeadDim;
-  __nv_bfloat16* to = out + (token * num_heads + first_head) * kHeadDim;
+  __nv_bfloat16* head = q + token * q_stride + first_head * kHeadDim + kNopeDim;
   const int heads = min(kHeadsAtOnce, num_heads - first_head);
-  uint2 nope[kHeadsAtOnce];
   RopePair pairs[kHeadsAtOnce];
 #pragma unroll
   for (int i = 0; i < kHeadsAtOnce; ++i) {
-    if (i < heads) {
-      nope[i] = *reinterpret_cast<const uint2*>(from + i * kHeadDim + 4 * lane);
-      pairs[i] = LoadPair(rope, position, from + i * kHeadDim + kNopeDim);
-    }
+    if (i < heads) pairs[i] = LoadPair(rope, position, head + i * kHeadDim);
   }
+  __syncwarp();  // a pair's place is another lane's pair
 #pragma unroll
   for (int i = 0; i < kHeadsAtOnce; ++i) {
-    if (i < heads) {
-      *reinterpret_cast<uint2*>(to + i * kHeadDim + 4 * lane) = nope[i];
-      StorePair(pairs[i], to + i * kHeadDim + kNopeDim);
-    }
+    if (i < heads) StorePair(pairs[i], head + i * kHeadDim);
   }
 }
 
@@ -168,11 +160,10 @@ cudaError_t NormLatents(const LatentArgs& args, cudaStream_t stream) {
   return Launch(NormLatentsKernel<4, kManyTokensWarps, 2>, shape, stream, args, num_query_groups);
 }
 
-cudaError_t RopeQuery(const __nv_bfloat16* q, int64_t q_stride, int num_tokens, int num_heads,
-                      const RopeTable& rope, const int32_t* positions, __nv_bfloat16* out,
-                      cudaStream_t stream) {
+cudaError_t RopeQuery(__nv_bfloat16* q, int64_t q_stride, int num_tokens, int num_heads,
+                      const RopeTable& rope, const int32_t* positions, cudaStream_t stream) {
   if (q == nullptr || num_tokens < 0 || num_heads <= 0 || q_stride < num_heads * kHeadDim ||
-      q_stride % 4 != 0 || !IsSet(rope) || positions == nullptr || out == nullptr) {
+      q_stride % 4 != 0 || !IsSet(rope) || positions == nullptr) {
     return cudaErrorInvalidValue;
   }
   if (num_tokens == 0) return cudaSuccess;
@@ -181,8 +172,8 @@ cudaError_t RopeQuery(const __nv_bfloat16* q, int64_t q_stride, int num_tokens, 
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>((num_warps + kRopeWarps - 1) / kRopeWarps));
   shape.block = dim3(kRopeWarps * 32);
-  return Launch(RopeQueryKernel, shape, stream, q, q_stride, num_tokens, num_heads, rope, positions,
-                out);
+  return Launch(RopeQueryKernel, shape, stream, q, q_stride, num_tokens, num_heads, rope,
+                positions);
 }
 
 }  // namespace latentd

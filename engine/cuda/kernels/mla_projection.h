@@ -70,11 +70,9 @@ struct ProjectValueArgs {
 };
 cudaError_t ProjectValue(const ProjectValueArgs& args, cudaStream_t stream);
 
-// Rotates the last 64 dims of each head, for MlaPrefill: out [num_tokens, num_heads, 192] from q
-// [num_tokens, q_stride].
-cudaError_t RopeQuery(const __nv_bfloat16* q, int64_t q_stride, int num_tokens, int num_heads,
-                      const RopeTable& rope, const int32_t* positions, __nv_bfloat16* out,
-                      cudaStream_t stream);
+// Rotates the last 64 dims of each head of q [num_tokens, q_stride], in place: heads of 192.
+cudaError_t RopeQuery(__nv_bfloat16* q, int64_t q_stride, int num_tokens, int num_heads,
+                      const RopeTable& rope, const int32_t* positions, cudaStream_t stream);
 
 }  // namespace latentd
 

@@ -138,10 +138,10 @@ void BenchmarkProjections(const char* filter, Buffers& b) {
     latents.q_out = b.Out(false);
     Report(filter, "NormLatents" + suffix, tokens * (3.0 * kQueryRank + 4 * 576), 0,
            [&](int, cudaStream_t stream) { return NormLatents(latents, stream); });
-    Report(filter, "RopeQuery" + suffix, tokens * 4.0 * kNumHeads * 192, 0,
+    Report(filter, "RopeQuery" + suffix, tokens * 4.0 * kNumHeads * 64, 0,
            [&](int, cudaStream_t stream) {
              return RopeQuery(b.q.get(), kNumHeads * 192, tokens, kNumHeads, b.rope(),
-                              b.positions.get(), b.q_out.get(), stream);
+                              b.positions.get(), stream);
            });
     if (tokens > 512) continue;
     Report(filter, "AbsorbQuery" + suffix, kWeights * 2 + tokens * 2.0 * kNumHeads * (192 + 576),

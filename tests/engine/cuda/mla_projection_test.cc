@@ -345,18 +345,16 @@ TEST_P(RopeQueryTest, IsTheReference) {
   const std::vector<__nv_bfloat16> q = RandomBf16(num_tokens * stride, 1, 1);
   const std::vector<int32_t> positions = RandomPositions(num_tokens);
   const Rotation rotation(interleave);
-  const DeviceArray<__nv_bfloat16> q_device(q);
+  DeviceArray<__nv_bfloat16> q_device(q);
   const DeviceArray<int32_t> positions_device(positions);
-  DeviceArray<__nv_bfloat16> out_device(static_cast<size_t>(num_tokens) * num_heads * kHeadDim);
   ASSERT_CUDA_OK(RopeQuery(q_device.get(), stride, num_tokens, num_heads, rotation.table(),
-                           positions_device.get(), out_device.get(), nullptr));
+                           positions_device.get(), nullptr));
   ASSERT_CUDA_OK(cudaDeviceSynchronize());
-  const std::vector<__nv_bfloat16> out = out_device.Get();
+  const std::vector<__nv_bfloat16> out = q_device.Get();
   for (int token = 0; token < num_tokens; ++token) {
     for (int head = 0; head < num_heads; ++head) {
       const __nv_bfloat16* x = q.data() + token * stride + head * kHeadDim;
-      const __nv_bfloat16* got =
-          out.data() + (static_cast<int64_t>(token) * num_heads + head) * kHeadDim;
+      const __nv_bfloat16* got = out.data() + token * stride + head * kHeadDim;
       for (int d = 0; d < kNopeDim; ++d) ASSERT_EQ(Bits(got[d]), Bits(x[d])) << At(token, head, d);
       const std::vector<double> rope = rotation.Apply(x + kNopeDim, positions[token]);
       for (int d = 0; d < kRopeDim; ++d) {
@@ -364,6 +362,8 @@ TEST_P(RopeQueryTest, IsTheReference) {
         if (HasFatalFailure()) return;
       }
     }
+    for (int64_t i = num_heads * kHeadDim; i < stride; ++i)
+      ASSERT_EQ(Bits(out[token * stride + i]), Bits(q[token * stride + i])) << token << ", " << i;
   }
 }
 
@@ -434,10 +434,9 @@ TEST_F(MlaProjectionTest, RefusesBadArguments) {
   project.num_tokens = 0;
   EXPECT_EQ(ProjectValue(project, nullptr), cudaSuccess);
 
-  EXPECT_EQ(
-      RopeQuery(x.get(), kHeadDim - 4, 1, 1, rotation.table(), positions.get(), x.get(), nullptr),
-      cudaErrorInvalidValue);
-  EXPECT_EQ(RopeQuery(x.get(), kHeadDim, 1, 1, RopeTable(), positions.get(), x.get(), nullptr),
+  EXPECT_EQ(RopeQuery(x.get(), kHeadDim - 4, 1, 1, rotation.table(), positions.get(), nullptr),
+            cudaErrorInvalidValue);
+  EXPECT_EQ(RopeQuery(x.get(), kHeadDim, 1, 1, RopeTable(), positions.get(), nullptr),
             cudaErrorInvalidValue);
 }
 
