@@ -6,13 +6,13 @@
 
 #include "engine/cuda/kernels/fp8_gemm.h"
 #include "engine/cuda/kernels/fp8_gemm_kernel.cuh"
+#include "engine/cuda/kernels/fp8_gemm_launch.h"
 
 namespace latentd {
 namespace {
 
 using fp8_gemm::kMaxCounters;
 using fp8_gemm::kMaxGroups;
-using fp8_gemm::kTileK;
 using fp8_gemm::kTileM;
 using fp8_gemm::Params;
 
@@ -24,61 +24,10 @@ constexpr int kMaxSegments = 8;
 constexpr int kStagesDense = 12, kStagesGrouped = 6;
 constexpr int kSharedBytes = 227 * 1024;  // what a block may have on sm_90
 
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
-
-// From the driver that is there at run time: the program is not linked to it.
-EncodeTiled FindEncodeTiled() {
-  static const EncodeTiled found = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                         cudaEnableDefault, &result) != cudaSuccess ||
-        result != cudaDriverEntryPointSuccess)
-      function = nullptr;
-    return reinterpret_cast<EncodeTiled>(function);
-  }();
-  return found;
-}
-
-struct MapShape {
-  int dims;
-  cuuint64_t size[3];
-  cuuint64_t pitch[2];  // bytes, of the second and third dimension
-  cuuint32_t box[3];
-};
-
-bool MakeMap(const void* data, CUtensorMapDataType type, const MapShape& shape,
-             CUtensorMapSwizzle swizzle, CUtensorMap& map) {
-  const EncodeTiled encode = FindEncodeTiled();
-  const cuuint32_t element_strides[3] = {1, 1, 1};
-  return encode != nullptr &&
-         encode(&map, type, shape.dims, const_cast<void*>(data), shape.size, shape.pitch, shape.box,
-                element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-                CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
-bool Aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
-bool Valid(const Fp8GemmArgs& args) {
-  const WeightMatrix& w = args.weight;
-  const int out_columns = args.swiglu ? w.n / 2 : w.n;
-  return args.num_rows >= 0 && w.fp8 != nullptr && w.scales != nullptr && w.n > 0 &&
-         w.n % 64 == 0 && w.k > 0 && w.k % kTileK == 0 && w.num_groups > 0 &&
-         w.num_groups <= kMaxGroups && (w.num_groups == 1 || args.group_offsets != nullptr) &&
-         w.scale_stride % 4 == 0 && w.scale_stride >= w.k / kTileK &&
-         (!args.swiglu || w.n % (2 * kQuantGroup) == 0) && args.x.data != nullptr &&
-         args.x.scales != nullptr && args.x.scale_stride % 4 == 0 &&
-         args.x.scale_stride >= args.num_rows && args.out != nullptr && args.workspace != nullptr &&
-         args.out_stride % 8 == 0 && args.out_stride >= out_columns && Aligned16(w.fp8) &&
-         Aligned16(w.scales) && Aligned16(args.x.data) && Aligned16(args.x.scales) &&
-         Aligned16(args.out);
-}
-
 // Segments of k (fp8_gemm_kernel.cuh): as many as let the tiles of all groups, with one tile of
 // rows each, end on all multiprocessors at about the same time.
 int ChooseSegments(const WeightMatrix& w, int blocks) {
-  const int k_blocks = w.k / kTileK;
+  const int k_blocks = w.k / kQuantGroup;
   const int tiles = (w.n + kTileM - 1) / kTileM * w.num_groups;
   const int rest = tiles % blocks;
   int best = 1, best_cost = INT_MAX;
@@ -137,22 +86,8 @@ cudaError_t LaunchKernel(const Fp8GemmArgs& args, Params params, int blocks,
   // Read once, unless the tiles of other rows soon read it again.
   params.weight_policy = rows_per_group <= kRows ? CachePolicy::kEvictFirst : CachePolicy::kNormal;
 
-  CUtensorMap weight_map, x_map, x_scale_map;
-  const auto n = static_cast<cuuint64_t>(w.n), k = static_cast<cuuint64_t>(w.k);
-  const auto rows = static_cast<cuuint64_t>(args.num_rows);
-  const MapShape weight_shape = {
-      3, {k, n, static_cast<cuuint64_t>(w.num_groups)}, {k, k * n}, {kTileK, kTileM, 1}};
-  const MapShape x_shape = {2, {k, rows}, {k}, {kTileK, kRows / kCluster}};
-  const MapShape x_scale_shape = {2,
-                                  {rows, k / kTileK},
-                                  {static_cast<cuuint64_t>(args.x.scale_stride) * sizeof(float)},
-                                  {kRows, 1}};
-  if (!MakeMap(w.fp8, CU_TENSOR_MAP_DATA_TYPE_UINT8, weight_shape, CU_TENSOR_MAP_SWIZZLE_128B,
-               weight_map) ||
-      !MakeMap(args.x.data, CU_TENSOR_MAP_DATA_TYPE_UINT8, x_shape, CU_TENSOR_MAP_SWIZZLE_128B,
-               x_map) ||
-      !MakeMap(args.x.scales, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, x_scale_shape,
-               CU_TENSOR_MAP_SWIZZLE_NONE, x_scale_map))
+  fp8_gemm::Maps maps;
+  if (!fp8_gemm::MakeMaps(args, {.weight = kTileM, .x = kRows / kCluster, .x_scales = kRows}, maps))
     return cudaErrorInvalidValue;
 
   const int shared_bytes = L(params.stages, w.num_groups).total;
@@ -165,7 +100,7 @@ cudaError_t LaunchKernel(const Fp8GemmArgs& args, Params params, int blocks,
                              .block = dim3(fp8_gemm::kThreads),
                              .shared_bytes = static_cast<size_t>(shared_bytes),
                              .cluster = kCluster};
-  return Launch(kernel, shape, stream, params, weight_map, x_map, x_scale_map);
+  return Launch(kernel, shape, stream, params, maps.weight, maps.x, maps.x_scales);
 }
 
 template <int kRows, int kCluster = 1>
@@ -185,7 +120,7 @@ cudaError_t Fp8Gemm(const Fp8GemmArgs& args, cudaStream_t stream) {
 
 cudaError_t Fp8Gemm(const Fp8GemmArgs& args, const Fp8GemmTuning& tuning, cudaStream_t stream) {
   if (args.num_rows == 0) return cudaSuccess;
-  if (!Valid(args)) return cudaErrorInvalidValue;
+  if (!fp8_gemm::Valid(args, kMaxGroups) || args.workspace == nullptr) return cudaErrorInvalidValue;
   int device = 0, blocks = 0;
   if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
   if (cudaError_t error = cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device);
@@ -200,7 +135,7 @@ cudaError_t Fp8Gemm(const Fp8GemmArgs& args, const Fp8GemmTuning& tuning, cudaSt
   params.num_groups = w.num_groups;
   params.num_rows = args.num_rows;
   params.n = w.n;
-  params.k_blocks = w.k / kTileK;
+  params.k_blocks = w.k / kQuantGroup;
   params.segments =
       tuning.segments > 0 ? std::min(tuning.segments, params.k_blocks) : ChooseSegments(w, blocks);
   params.out = args.out;

@@ -50,6 +50,21 @@ struct Fp8GemmTuning {
 };
 cudaError_t Fp8Gemm(const Fp8GemmArgs& args, const Fp8GemmTuning& tuning, cudaStream_t stream);
 
+// The same product where its bound is the tensor cores: from about 128 rows a group on. Rows are
+// the left operand of the tensor cores, so that a group costs whole tiles of 128. Each element's
+// sum runs over k in its order: other rows change no bit, but Fp8Gemm() may give others. Needs no
+// workspace.
+cudaError_t Fp8GemmManyRows(const Fp8GemmArgs& args, cudaStream_t stream);
+
+// For tests and benchmarks. 0: the choice.
+struct Fp8GemmManyRowsTuning {
+  int row_tile = 0;  // rows of x a tile: 128 or 256
+  int cluster = 0;   // thread blocks that share a tile of x: 1 or 2
+  int stages = 0;    // at most, of the ring in shared memory; 2 or more
+};
+cudaError_t Fp8GemmManyRows(const Fp8GemmArgs& args, const Fp8GemmManyRowsTuning& tuning,
+                            cudaStream_t stream);
+
 // The same product by plain loops in f32, for tests: exact up to the order of its sums.
 cudaError_t Fp8GemmReference(const Fp8GemmArgs& args, cudaStream_t stream);
 

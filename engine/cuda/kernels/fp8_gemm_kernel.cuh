@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "engine/cuda/kernels/fp8_gemm_groups.cuh"
 #include "engine/cuda/kernels/launch.cuh"
 #include "engine/cuda/kernels/ptx.cuh"
 #include "engine/cuda/kernels/wgmma_fp8.cuh"
@@ -26,7 +27,6 @@ inline constexpr int kTileM = 128;  // weight rows of a tile: two warpgroups of 
 inline constexpr int kTileK = 128;
 inline constexpr int kMathThreads = 256;
 inline constexpr int kThreads = kMathThreads + 128;
-inline constexpr int kMaxGroups = 512;
 // Tiles of x that pass over the same weights before the next ones come.
 inline constexpr int kTokenTilesTogether = 16;
 inline constexpr int kMaxCounters = 1024;
@@ -77,10 +77,6 @@ struct Layout {
     total = groups + 2 * (num_groups + 1) * 4;
   }
 };
-
-// Where the tiles of a group begin whose rows begin at `row`: TMA wants the scales of x, 4 bytes a
-// row, from multiples of 16 bytes.
-__device__ __forceinline__ int FirstRow(int row) { return row & ~3; }
 
 // A piece of work: the segments [segment_begin, segment_end) of a tile.
 struct Work {
@@ -157,39 +153,6 @@ class Walk {
   int unit_;
   int group_ = 0;
 };
-
-// Fills tile_begin and row_begin. One warp.
-template <int kRows>
-__device__ __forceinline__ void FindGroups(const Params& p, int* tile_begin, int* row_begin) {
-  const int lane = threadIdx.x % 32;
-  int tiles = 0;
-  if (p.group_offsets == nullptr) {
-    if (lane == 0) {
-      tile_begin[0] = row_begin[0] = 0;
-      tile_begin[1] = (p.num_rows + kRows - 1) / kRows * p.m_tiles;
-      row_begin[1] = p.num_rows;
-    }
-    return;
-  }
-  for (int first = 0; first < p.num_groups; first += 32) {
-    const int group = first + lane;
-    int sum = 0;
-    if (group < p.num_groups) {
-      const int begin = p.group_offsets[group], end = p.group_offsets[group + 1];
-      if (end > begin) sum = (end - FirstRow(begin) + kRows - 1) / kRows * p.m_tiles;
-      row_begin[group] = begin;
-      if (group == p.num_groups - 1) row_begin[group + 1] = end;
-    }
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(~0u, sum, step);
-      if (lane >= step) sum += other;
-    }
-    if (group < p.num_groups) tile_begin[group + 1] = tiles + sum;
-    tiles += __shfl_sync(~0u, sum, 31);
-  }
-  if (lane == 0) tile_begin[0] = 0;
-}
 
 // Calls load(work, block, stage) for each 128 of k of this block's work, once its stage is free.
 template <int kRows, int kCluster, typename Load>
@@ -452,7 +415,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     WaitForPrevious();
   }
-  if (warp == 0) FindGroups<kRows>(params, tile_begin, row_begin);
+  if (warp == 0)
+    FindGroups<kRows>(params.group_offsets, params.num_groups, params.num_rows, params.m_tiles,
+                      tile_begin, row_begin);
   if constexpr (kCluster > 1) {
     ClusterSync();
   } else {

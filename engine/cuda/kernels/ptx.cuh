@@ -195,6 +195,14 @@ __device__ __forceinline__ void StoreMatrixTransposed(uint32_t address, uint32_t
                "r"(a), "r"(b)
                : "memory");
 }
+// Not transposed: a thread holds row lane / 4 and columns 2 (lane % 4), + 1 of each of four
+// matrices; lane 8 i + r gives the address of row r of matrix i.
+__device__ __forceinline__ void StoreMatrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c,
+                                              uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
 
 }  // namespace latentd
 

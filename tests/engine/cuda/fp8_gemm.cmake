@@ -1,3 +1,8 @@
-latentd_test(fp8_gemm_test SRCS fp8_gemm_test.cu DEPS latentd_kernel_fp8_gemm latentd_kernel_fp8_gemm_reference latentd_device_test
+latentd_test(fp8_gemm_test SRCS fp8_gemm_test.cu
+  DEPS latentd_kernel_fp8_gemm latentd_kernel_fp8_gemm_many_rows latentd_kernel_fp8_gemm_reference latentd_device_test
   LABELS unit TIMEOUT 300)
-latentd_benchmark(fp8_gemm_benchmark SRCS fp8_gemm_benchmark.cu DEPS latentd_kernel_fp8_gemm latentd_device_test GTest::gtest)
+latentd_test(fp8_gemm_many_rows_test SRCS fp8_gemm_many_rows_test.cu
+  DEPS latentd_kernel_fp8_gemm latentd_kernel_fp8_gemm_many_rows latentd_kernel_fp8_gemm_reference latentd_device_test
+  TIMEOUT 300)
+latentd_benchmark(fp8_gemm_benchmark SRCS fp8_gemm_benchmark.cu
+  DEPS latentd_kernel_fp8_gemm latentd_kernel_fp8_gemm_many_rows latentd_engine_cuda latentd_device_test GTest::gtest)
