@@ -190,20 +190,26 @@ absl::Status TcpCommunicator::Exchange(const Call& call, SteadyTime deadline) {
                             .size = transfer.to.size()};
     RETURN_IF_ERROR(Send(peer));
   }
+  const auto done = [&](int peer) {
+    return !transfers_[peer].sending() && !transfers_[peer].receiving();
+  };
   while (!pending.empty()) {
-    RETURN_IF_ERROR(Progress(call, deadline));
-    const auto done = [&](int peer) {
-      return !transfers_[peer].sending() && !transfers_[peer].receiving();
-    };
-    const size_t before = pending.size();
-    std::erase_if(pending, done);
-    if (pending.size() != before) SetWaiting(call, pending);
+    // When the time is up, what has come by now counts still: a rank that was stopped itself finds
+    // there what became of the group.
+    const int timeout = PollTimeout(deadline);
+    RETURN_IF_ERROR(Progress(call, timeout));
+    if (std::erase_if(pending, done) > 0) SetWaiting(call, pending);
+    if (timeout > 0 || pending.empty()) continue;
+    return absl::DeadlineExceededError(
+        call.kind == CallKind::kJoin
+            ? "not there in time"
+            : absl::StrCat("not there within ", absl::FormatDuration(call_timeout_)));
   }
   return absl::OkStatus();
 }
 
-// Waits until something can be sent or has come, and does it.
-absl::Status TcpCommunicator::Progress(const Call& call, SteadyTime deadline) {
+// Waits until something can be sent or has come, at most `timeout` ms, and does it.
+absl::Status TcpCommunicator::Progress(const Call& call, int timeout) {
   fds_.clear();
   fds_.push_back({.fd = interrupt_.fd(), .events = POLLIN, .revents = 0});
   for (int peer = 0; peer < world_size_; ++peer) {
@@ -218,16 +224,9 @@ absl::Status TcpCommunicator::Progress(const Call& call, SteadyTime deadline) {
                     .events = static_cast<int16_t>(events),
                     .revents = 0});
   }
-  const int timeout = PollTimeout(deadline);
   const int ready = poll(fds_.data(), fds_.size(), timeout);
   if (ready < 0 && errno != EINTR) {
     return absl::InternalError(absl::StrCat("poll: ", ErrorText(errno)));
-  }
-  if (ready == 0 && PollTimeout(deadline) == 0) {
-    return absl::DeadlineExceededError(
-        call.kind == CallKind::kJoin
-            ? "not there in time"
-            : absl::StrCat("not there within ", absl::FormatDuration(call_timeout_)));
   }
   if (ready <= 0) return absl::OkStatus();
   if (fds_[0].revents != 0) return EndError();

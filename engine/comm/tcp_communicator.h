@@ -76,7 +76,7 @@ class TcpCommunicator : public Communicator {
   Call Next(CallKind kind) { return {.kind = kind, .number = ++num_calls_}; }
   absl::Status Run(const Call& call, bool fits, SteadyTime deadline);
   absl::Status Exchange(const Call& call, SteadyTime deadline);
-  absl::Status Progress(const Call& call, SteadyTime deadline);
+  absl::Status Progress(const Call& call, int timeout);
   absl::Status Send(int peer);
   absl::Status Receive(const Call& call, int peer);
   absl::Status CheckHeader(const Call& call, int peer) const;

@@ -50,6 +50,7 @@ absl::StatusOr<std::unique_ptr<Communicator>> TcpListener::Join(int64_t epoch, i
   {
     absl::MutexLock lock(&mutex_);
     joining_ = nullptr;
+    if (aborted_epoch_ == epoch) aborted_epoch_.reset();
   }
   RETURN_IF_ERROR(status);
   return communicator;

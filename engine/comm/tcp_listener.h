@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -64,7 +65,8 @@ class TcpListener {
   mutable absl::Mutex mutex_;
   TcpCommunicator* joining_ ABSL_GUARDED_BY(mutex_) = nullptr;  // Join()'s, while it is under way
   int64_t joining_epoch_ ABSL_GUARDED_BY(mutex_) = 0;
-  int64_t aborted_epoch_ ABSL_GUARDED_BY(mutex_) = -1;  // the last one
+  // An Abort() whose Join() has not ended yet. Epochs may come again with another leader.
+  std::optional<int64_t> aborted_epoch_ ABSL_GUARDED_BY(mutex_);
   absl::Status abort_ ABSL_GUARDED_BY(mutex_);
 };
 

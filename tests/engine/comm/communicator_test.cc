@@ -67,9 +67,6 @@ absl::Status Gather(Communicator* c, size_t size) {
   return c->AllGather(in, absl::MakeSpan(out));
 }
 
-// ---- every size of group
-// -------------------------------------------------------------------------
-
 class GroupTest : public ::testing::TestWithParam<std::tuple<Kind, int>> {
  protected:
   int world_size() const { return std::get<1>(GetParam()); }
@@ -191,9 +188,6 @@ INSTANTIATE_TEST_SUITE_P(All, GroupTest,
                            return absl::StrCat(Name(std::get<0>(info.param)),
                                                std::get<1>(info.param));
                          });
-
-// ---- groups of three
-// -----------------------------------------------------------------------------
 
 class ThreeRanksTest : public ::testing::TestWithParam<Kind> {
  protected:
