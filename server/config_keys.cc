@@ -81,18 +81,21 @@ const std::vector<ConfigKey>& Table() {
        "Address of the gRPC listener, host:port; port 0 takes a free one."},
       {"http_listen", T::kAddress, &C::http_listen,
        "Address of the HTTP listener (/metrics /healthz /livez /readyz), ip:port. Empty: none."},
-      {"threads", T::kInt, &C::threads, "Threads that compute, of the CPU engine. 0: one per core.",
+      {"threads", T::kInt, &C::threads,
+       "Threads that compute, of the CPU engine. 0: one per core; the ranks of a node share them.",
        0, 4096, "threads"},
-      {"device", T::kInt, &C::device, "The GPU of the CUDA engine, as the driver counts them.", 0,
-       1023, "GPU"},
-      Shared({"kv_cache_memory", T::kSize, &C::kv_cache_memory,
-              "Memory of the latent KV cache; rounded down to whole blocks of 64 tokens. 0: 1 GiB "
-              "on the "
-              "CPU; on a GPU all that is left beside weights and workspace.",
-              0, int64_t{1} << 50}),
+      {"device", T::kInt, &C::device,
+       "The GPU of the CUDA engine, as the driver counts them; the ranks of a node have this one "
+       "and those after it.",
+       0, 1023, "GPU"},
+      Shared(
+          {"kv_cache_memory", T::kSize, &C::kv_cache_memory,
+           "Memory of the latent KV cache, of each rank; rounded down to whole blocks of 64 "
+           "tokens. 0: 1 GiB on the CPU; on a GPU all that is left beside weights and workspace.",
+           0, int64_t{1} << 50}),
       Shared({"kv_cache_tokens", T::kInt, &C::kv_cache_tokens,
-              "Size of the KV cache in tokens instead of bytes, rounded up to whole blocks. 0: as "
-              "kv_cache_memory says.",
+              "Size of the KV cache, of each rank, in tokens instead of bytes; rounded up to whole "
+              "blocks. 0: as kv_cache_memory says.",
               0, kMaxTokens, "tokens"}),
       Shared({"max_model_len", T::kInt, &C::max_model_len,
               "Longest prompt and completion together. 0: the model's max_position_embeddings, or "
@@ -101,10 +104,11 @@ const std::vector<ConfigKey>& Table() {
               "cache holds if that is less.",
               0, kMaxTokens, "tokens"}),
       Shared({"max_step_tokens", T::kInt, &C::max_step_tokens,
-              "Tokens computed in one step, at most; longer prompts are computed in chunks.", 1,
-              1 << 20, "tokens"}),
-      Shared({"max_running", T::kInt, &C::max_running, "Sequences computed in one step, at most.",
-              1, 65536, "sequences"}),
+              "Tokens computed in one step, at most, by each rank; longer prompts are computed in "
+              "chunks.",
+              1, 1 << 20, "tokens"}),
+      Shared({"max_running", T::kInt, &C::max_running,
+              "Sequences computed in one step, at most, by each rank.", 1, 65536, "sequences"}),
       {"max_waiting", T::kInt, &C::max_waiting,
        "Requests that may wait for a place; one more is refused with RESOURCE_EXHAUSTED.", 1,
        1 << 20, "requests"},

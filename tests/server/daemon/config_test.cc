@@ -237,5 +237,20 @@ TEST(ConfigTest, TheExampleFileIsUpToDate) {
   EXPECT_EQ(DescribeConfig(config), DescribeConfig(ServeConfig()));
 }
 
+// The README's two commands.
+TEST(ConfigTest, TheExampleOfTwoNodesIsOneOfTwoNodes) {
+  const auto serve = LoadServeConfig("deploy/deepseek-v3-2x8.yaml", {}, kNoPod);
+  ASSERT_TRUE(serve.ok()) << serve.status();
+  EXPECT_EQ(serve->world_size, 16);
+  EXPECT_EQ(RanksPerNode(*serve), 8);
+  EXPECT_EQ(serve->node, 0);
+  const auto node = LoadServeConfig("deploy/deepseek-v3-2x8.yaml",
+                                    {{"node", "1"}, {"leader", "NODE0:50052"}}, kNoPod);
+  ASSERT_TRUE(node.ok()) << node.status();
+  const auto pod = LoadServeConfig("deploy/deepseek-v3-2x8.yaml", {}, Pod("2", "1"));
+  ASSERT_TRUE(pod.ok()) << pod.status();
+  EXPECT_EQ(pod->leader, "latentd-0.latentd.ns:50052");
+}
+
 }  // namespace
 }  // namespace latentd
