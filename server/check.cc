@@ -60,9 +60,10 @@ std::string DescribeGroup(const ServeConfig& config, const ModelConfig& model,
   const uint64_t freed = vocabulary - vocabulary / config.world_size;
   const uint64_t token_bytes = CacheBytesPerBlock(model, engine.kind) / kBlockSize;
   text += fmt::format(
-      "embedding and head: whole on every rank, {:.2f} GiB; a {}th of them would leave {:.2f} GiB, "
-      "{} tokens of KV cache, more\n",
-      Gib(vocabulary), config.world_size, Gib(freed), freed / token_bytes);
+      "embedding and head: whole on every rank, {:.2f} GiB; dealt out over the ranks they would "
+      "leave "
+      "{:.2f} GiB, {} tokens of KV cache, more\n",
+      Gib(vocabulary), Gib(freed), freed / token_bytes);
   if (memory.num_blocks > 0) {
     const int64_t tokens = int64_t{memory.num_blocks} * kBlockSize;
     text += fmt::format("KV cache: {} tokens on each rank, {} on all; a sequence lies on one\n",
@@ -116,7 +117,7 @@ absl::Status RunCheck(const ServeConfig& config, const ModelPath& path, uint64_t
     fmt::print(out, "checkpoint: every tensor is there, none is surplus, shapes and types fit\n");
   }
   const std::string_view where = gpu                        ? "such a GPU"
-                                 : RanksPerNode(config) > 1 ? "this machine, shared by its ranks,"
+                                 : RanksPerNode(config) > 1 ? "a rank's share of this machine"
                                                             : "this machine";
   if (memory.fits.ok()) {
     fmt::print(out, "memory: fits into the {:.1f} GiB that {} has left\n", Gib(available), where);
