@@ -4,7 +4,9 @@
 //   {"run": "prefill", "tokens": 1024}
 //   {"run": "decode", "batch": 8, "context": 16, "tokens": 32}
 //   {"run": "peak"}
-// Usage: cpu_engine_benchmark MODEL_DIR NUM_THREADS
+// Usage: cpu_engine_benchmark MODEL_DIR NUM_THREADS [NUM_RANKS [local|tcp]]
+// With ranks: a group of them in threads of this process, each with NUM_THREADS, among which a
+// batch is dealt out.
 
 #include <sys/resource.h>
 
@@ -13,12 +15,17 @@
 #include <cstdio>
 #include <cstdlib>
 #include <iostream>
+#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "engine/cpu/cpu_engine.h"
 #include "engine/cpu/kernels.h"
+#include "engine/cpu/local_transport.h"
+#include "engine/cpu/tcp_transport.h"
 #include "engine/cpu/thread_pool.h"
+#include "engine/local_group.h"
 #include "engine/model/config.h"
 #include "engine/model/weights.h"
 #include "nlohmann/json.hpp"
@@ -27,6 +34,12 @@ namespace latentd {
 namespace {
 
 constexpr int32_t kMaxStepTokens = 2048;
+constexpr int32_t kNumBlocks = 4096;  // of all ranks
+
+struct Ranks {
+  int count = 1;
+  std::string transport;  // empty: no group
+};
 
 template <typename T>
 T OrDie(absl::StatusOr<T> result) {
@@ -66,15 +79,25 @@ double TokenFlops(const ModelConfig& c, int position) {
 
 class Benchmark {
  public:
-  Benchmark(const std::string& dir, int num_threads)
+  Benchmark(const std::string& dir, int num_threads, const Ranks& ranks)
       : config_(OrDie(LoadModelConfig(dir))),
         weights_(OrDie(LoadWeights(config_, dir, LoadFormat::kSafetensors, nullptr))),
-        num_threads_(num_threads) {
-    CpuEngineOptions options;
-    options.num_threads = num_threads;
-    options.num_blocks = 4096;
-    options.max_step_tokens = kMaxStepTokens;
-    engine_ = OrDie(CpuEngine::Create(config_, weights_, options));
+        num_threads_(num_threads),
+        num_ranks_(ranks.count) {
+    if (ranks.transport.empty()) {
+      engine_ = MakeRank(0, nullptr);
+      return;
+    }
+    std::vector<std::unique_ptr<GroupTransport>> transports =
+        MakeLocalTransports(num_ranks_, kCallTimeout);
+    std::vector<std::unique_ptr<GroupMember>> members;
+    for (int rank = 0; rank < num_ranks_; ++rank) {
+      if (ranks.transport == "tcp") {
+        transports[rank] = OrDie(MakeTcpTransport({.call_timeout = kCallTimeout}));
+      }
+      members.push_back(MakeRank(rank, std::move(transports[rank])));
+    }
+    engine_ = OrDie(LocalGroup::Create(std::move(members)));
   }
 
   nlohmann::json Run(const nlohmann::json& command) {
@@ -95,12 +118,24 @@ class Benchmark {
   }
 
  private:
+  static constexpr absl::Duration kCallTimeout = absl::Minutes(5);
+
+  std::unique_ptr<GroupMember> MakeRank(int rank, std::unique_ptr<GroupTransport> transport) {
+    CpuEngineOptions options;
+    options.num_threads = num_threads_;
+    options.num_blocks = kNumBlocks / num_ranks_;
+    options.max_step_tokens = kMaxStepTokens;
+    options.placement = {.rank = rank, .world_size = num_ranks_};
+    return OrDie(CpuEngine::Create(config_, weights_, options, std::move(transport)));
+  }
+
   // Computes `num_tokens` of each of `batch` sequences behind `num_computed`, and draws.
   void Compute(int batch, int num_computed, int num_tokens) {
     StepPlan plan;
     for (int b = 0; b < batch; ++b) {
       SequenceStep& s = plan.sequences.emplace_back();
       s.id = b;
+      s.dp_rank = b % num_ranks_;
       s.num_computed_tokens = num_computed;
       s.num_tokens = num_tokens;
       s.num_blocks = (num_computed + num_tokens + kBlockSize - 1) / kBlockSize;
@@ -110,7 +145,9 @@ class Benchmark {
         const uint32_t mixed = (b * 7919u + num_computed + i + 1) * 2654435761u;
         plan.tokens.push_back(static_cast<TokenId>((mixed >> 8) % config_.vocab_size));
       }
-      for (int i = 0; i < s.num_blocks; ++i) plan.blocks.push_back(b * 4096 / batch + i);
+      const int of_rank = (batch + num_ranks_ - 1) / num_ranks_;
+      const int first = b / num_ranks_ * (kNumBlocks / num_ranks_ / of_rank);
+      for (int i = 0; i < s.num_blocks; ++i) plan.blocks.push_back(first + i);
     }
     const StepResult result = OrDie(engine_->Execute(plan));
     if (result.sampled.size() != static_cast<size_t>(batch)) std::exit(1);
@@ -154,18 +191,24 @@ class Benchmark {
   ModelConfig config_;
   ModelWeights weights_;
   int num_threads_;
-  std::unique_ptr<CpuEngine> engine_;
+  int num_ranks_;
+  std::unique_ptr<Engine> engine_;
 };
 
 }  // namespace
 }  // namespace latentd
 
 int main(int argc, char** argv) {
-  if (argc != 3 || std::atoi(argv[2]) < 1) {
-    std::fprintf(stderr, "usage: %s MODEL_DIR NUM_THREADS < commands\n", argv[0]);
+  latentd::Ranks ranks;
+  if (argc > 3) ranks = {.count = std::atoi(argv[3]), .transport = argc > 4 ? argv[4] : "local"};
+  const bool transport_known =
+      ranks.transport.empty() || ranks.transport == "local" || ranks.transport == "tcp";
+  if (argc < 3 || argc > 5 || std::atoi(argv[2]) < 1 || ranks.count < 1 || !transport_known) {
+    std::fprintf(stderr, "usage: %s MODEL_DIR NUM_THREADS [NUM_RANKS [local|tcp]] < commands\n",
+                 argv[0]);
     return 2;
   }
-  latentd::Benchmark benchmark(argv[1], std::atoi(argv[2]));
+  latentd::Benchmark benchmark(argv[1], std::atoi(argv[2]), ranks);
   for (std::string line; std::getline(std::cin, line);) {
     const auto command = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
     const bool known = command.is_object() && command.contains("run") &&

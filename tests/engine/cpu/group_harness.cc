@@ -6,11 +6,13 @@
 #include <numeric>
 #include <random>
 #include <set>
+#include <string>
 #include <string_view>
 #include <thread>
 
 #include "absl/strings/str_cat.h"
 #include "engine/comm/local_communicator.h"
+#include "engine/comm/tcp_listener.h"
 #include "engine/plan_split.h"
 #include "engine/status.h"
 
@@ -41,6 +43,24 @@ std::vector<RowOfRank> RowsOfRanks(const StepPlan& plan, int num_ranks) {
   return rows;
 }
 
+std::vector<std::unique_ptr<Communicator>> MakeTcpCommunicators(int num_ranks) {
+  std::vector<std::unique_ptr<TcpListener>> listeners;
+  std::vector<std::string> addresses;
+  for (int rank = 0; rank < num_ranks; ++rank) {
+    auto listener = TcpListener::Listen({.call_timeout = absl::Minutes(2)});
+    if (!listener.ok()) Die(listener.status());
+    addresses.push_back((*listener)->address());
+    listeners.push_back(*std::move(listener));
+  }
+  std::vector<std::unique_ptr<Communicator>> communicators(num_ranks);
+  OnEachRank(num_ranks, [&](int rank) {
+    auto joined = listeners[rank]->Join(1, rank, addresses, absl::Now() + absl::Minutes(1));
+    if (!joined.ok()) Die(joined.status());
+    communicators[rank] = *std::move(joined);
+  });
+  return communicators;
+}
+
 }  // namespace
 
 void OnEachRank(int num_ranks, const std::function<void(int)>& body) {
@@ -51,7 +71,8 @@ void OnEachRank(int num_ranks, const std::function<void(int)>& body) {
 
 GroupRunner::GroupRunner(const LoadedModel& model, int num_ranks, const GroupRunnerOptions& options)
     : runners_(num_ranks),
-      communicators_(MakeLocalCommunicators(num_ranks, absl::Minutes(2))),
+      communicators_(options.tcp ? MakeTcpCommunicators(num_ranks)
+                                 : MakeLocalCommunicators(num_ranks, absl::Minutes(2))),
       exchanges_(num_ranks) {
   OnEachRank(num_ranks, [&](int rank) {
     RunnerOptions of_rank = options.runner;

@@ -25,6 +25,7 @@ struct GroupRunnerOptions {
   RunnerOptions runner = {.num_threads = 1};  // of each rank
   int max_sequences = 64;                     // likewise
   size_t gather_bytes = ExpertExchange::kGatherBytes;
+  bool tcp = false;  // the ranks meet as processes do
 };
 
 // All ranks of a group below CpuEngine, as threads: every row's logits, caches full of NaN. One

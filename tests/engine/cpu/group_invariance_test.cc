@@ -9,9 +9,11 @@
 #include <filesystem>
 #include <numeric>
 #include <string>
+#include <utility>
 
 #include "engine/cpu/cpu_engine.h"
 #include "engine/cpu/local_transport.h"
+#include "engine/cpu/tcp_transport.h"
 #include "engine/local_group.h"
 #include "tests/engine/cpu/group_harness.h"
 
@@ -102,6 +104,21 @@ TEST(GroupDemoTest, TilesAreAllRanks) {
     GroupRunner group(model, ranks, {.runner = options});
     const StepPlan plan = PlanOf(prompts.parts, ranks, [](int i) { return i % 2; });
     EXPECT_TRUE(SameBits(group.Step(plan), prompts.expected)) << ranks << " ranks";
+  }
+}
+
+// What crosses a socket is what crosses memory.
+TEST(GroupDemoTest, OverTcpToo) {
+  const LoadedModel model = LoadModel(kDemoModel);
+  const RunnerOptions options{.num_threads = 1, .num_blocks = 8, .max_positions = 256};
+  const Prompts prompts = MakePrompts(model, {150, 33, 2, 1, 1}, options);
+  for (int ranks : {2, 4}) {
+    for (size_t gather_bytes : {kAlwaysGather, kNeverGather}) {
+      GroupRunner group(model, ranks,
+                        {.runner = options, .gather_bytes = gather_bytes, .tcp = true});
+      const StepPlan plan = PlanOf(prompts.parts, ranks, [&](int i) { return i % (ranks - 1); });
+      EXPECT_TRUE(SameBits(group.Step(plan), prompts.expected)) << ranks << " ranks";
+    }
   }
 }
 
@@ -218,11 +235,17 @@ TEST_P(GroupLoadTest, EnginesDrawTheSameTokens) {
   };
   const auto load = RandomLoad(GetParam(), 12, model.config.vocab_size, kMaxPrompt, kMaxNew);
   const LoadReport expected = RunLoad(load, scheduler_, make_engine(0, 1, nullptr).get());
-  for (int ranks : {2, 4, 8, 16}) {
+  for (const auto& [ranks, tcp] : std::vector<std::pair<int, bool>>{
+           {2, false}, {4, false}, {8, false}, {16, false}, {2, true}, {4, true}}) {
     SCOPED_TRACE(ranks);
     auto transports = MakeLocalTransports(ranks, absl::Minutes(2));
     std::vector<std::unique_ptr<GroupMember>> members;
     for (int rank = 0; rank < ranks; ++rank) {
+      if (tcp) {
+        auto transport = MakeTcpTransport({.call_timeout = absl::Minutes(2)});
+        ASSERT_TRUE(transport.ok()) << transport.status();
+        transports[rank] = *std::move(transport);
+      }
       members.push_back(make_engine(rank, ranks, std::move(transports[rank])));
     }
     auto group = LocalGroup::Create(std::move(members));
