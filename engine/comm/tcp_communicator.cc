@@ -18,8 +18,9 @@
 namespace latentd {
 namespace {
 
-// How long the reason of a peer that is gone may come after its end is seen.
-constexpr absl::Duration kReasonTime = absl::Milliseconds(50);
+// How long the reason of a peer that is gone may come after its end is seen. A process that dies
+// closes both connections, which ends the waiting.
+constexpr absl::Duration kReasonTime = absl::Seconds(1);
 
 template <typename T>
 absl::Span<const std::byte> AsBytes(absl::Span<const T> values) {

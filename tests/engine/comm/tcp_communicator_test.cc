@@ -63,7 +63,7 @@ class NonsenseTest : public ::testing::Test {
     EXPECT_EQ(note->code, static_cast<int>(code));
     std::string told(note->length, ' ');
     EXPECT_EQ(recv(control_.fd(), told.data(), told.size(), MSG_WAITALL), told.size());
-    EXPECT_EQ(told, status.message());
+    EXPECT_EQ(told, std::string(status.message()));
   }
 
   Ranks ranks_{2, {.call_timeout = absl::Seconds(3)}};
@@ -125,7 +125,7 @@ TEST_F(NonsenseTest, BytesThatTrickleDoNotKeepACallAlive) {
   over = true;
   trickle.join();
   EXPECT_EQ(status.code(), absl::StatusCode::kDeadlineExceeded) << status;
-  EXPECT_EQ(status.message(), "AllGather #1 for rank 1: not there within 3s");
+  EXPECT_EQ(std::string(status.message()), "AllGather #1 for rank 1: not there within 3s");
 }
 
 TEST_F(NonsenseTest, ControlBytesThatAreNoMessage) {
@@ -171,7 +171,7 @@ TEST_F(NonsenseTest, TheReasonOfAPeerComesBeforeItsEnd) {
   const absl::Status status = communicator_->Barrier();
   end.join();
   EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable);
-  EXPECT_EQ(status.message(), "Barrier #1 for rank 1: rank 1: why");
+  EXPECT_EQ(std::string(status.message()), "Barrier #1 for rank 1: rank 1: why");
 }
 
 }  // namespace
