@@ -110,8 +110,8 @@ TEST_F(GpuWeightsTest, DummyOfRealWidths) {
 }
 
 TEST_F(GpuWeightsTest, TooLarge) {
-  ModelConfig config = Parse(SmallConfig({}));
-  config.vocab_size = 1 << 30;  // 2 x 512 GiB
+  const ModelConfig config =
+      Parse(nlohmann::json::parse(ReadAll("deploy/configs/deepseek-v3.json")));
   const auto gpu = Load(config, "", LoadFormat::kDummy);
   EXPECT_EQ(gpu.status().code(), absl::StatusCode::kResourceExhausted) << gpu.status();
   EXPECT_THAT(std::string(gpu.status().message()),
