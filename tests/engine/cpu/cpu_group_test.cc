@@ -139,6 +139,23 @@ TEST_P(CpuGroupTest, DrawsTheTokensOfTheEngineThatIsAlone) {
   }
 }
 
+// Chunks, preemptions, cancels, ranks that are empty: group_invariance_test.cc for a tiny model.
+TEST_P(CpuGroupTest, DrawsTheSameTokensUnderRandomLoad) {
+  const SchedulerConfig scheduler = {.max_step_tokens = 40, .max_running = 5};
+  const auto load = RandomLoad(3, 30, Tiny().config.vocab_size, 80, 40);
+  auto alone = CpuEngine::Create(Tiny().config, Tiny().weights, Options(0, 1));
+  ASSERT_TRUE(alone.ok());
+  const LoadReport expected = RunLoad(load, scheduler, alone->get());
+  for (int n : {2, 5}) {
+    auto group = LocalGroup::Create(MakeMembers(n));
+    ASSERT_TRUE(group.ok()) << group.status();
+    const LoadReport report = RunLoad(load, scheduler, group->get());
+    EXPECT_EQ(TokensThatDiffer(load, expected, report), "");
+    EXPECT_GT(report.num_mixed, 0);
+    EXPECT_GT(report.num_with_idle, 0);
+  }
+}
+
 TEST_P(CpuGroupTest, IsInNoGroupUntilItHasJoined) {
   auto members = MakeMembers(2);
   const std::vector<StepPlan> shares = Shares(MakePlan({4}, 2), 2);
@@ -206,7 +223,7 @@ TEST_P(CpuGroupTest, AbortGroupEndsAStepAndTheGroupUntilTheNextJoin) {
 
 // A rank that runs another number of collectives, or none, is an error that names it.
 TEST_P(CpuGroupTest, ARankThatReturnsEarlyIsNamed) {
-  auto members = MakeMembers(3, Tiny(), absl::Milliseconds(300));
+  auto members = MakeMembers(3, Tiny(), absl::Seconds(1));
   JoinAll(members, 1);
   std::vector<StepPlan> shares = Shares(MakePlan({4, 4, 4}, 3), 3);
   shares[1] = StepPlan();  // as if all had nothing to do: no collective

@@ -11,6 +11,7 @@
 #include <thread>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "engine/comm/local_communicator.h"
 #include "engine/comm/tcp_listener.h"
 #include "engine/plan_split.h"
@@ -218,6 +219,31 @@ LoadReport RunLoad(const std::vector<LoadItem>& load, const SchedulerConfig& con
   report.num_preemptions = scheduler.num_preemptions();
   report.num_cached_tokens = scheduler.cached_tokens();
   return report;
+}
+
+std::string TokensThatDiffer(const std::vector<LoadItem>& load, const LoadReport& one,
+                             const LoadReport& other) {
+  for (const LoadItem& item : load) {
+    const RequestId id = item.request.id;
+    const auto of = [id](const LoadReport& report) {
+      const auto at = report.tokens.find(id);
+      return at == report.tokens.end() ? std::vector<TokenId>() : at->second;
+    };
+    std::vector<TokenId> a = of(one), b = of(other);
+    if (item.cancel >= 0) {
+      const size_t both = std::min(a.size(), b.size());
+      a.resize(both);
+      b.resize(both);
+    } else if (a.size() != static_cast<size_t>(item.request.max_new_tokens)) {
+      return absl::StrCat("request ", id, ": ", a.size(), " tokens of ",
+                          item.request.max_new_tokens);
+    }
+    if (a != b) {
+      return absl::StrCat("request ", id, ": ", absl::StrJoin(a, " "), " and ",
+                          absl::StrJoin(b, " "));
+    }
+  }
+  return "";
 }
 
 }  // namespace latentd

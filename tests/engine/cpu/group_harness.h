@@ -5,6 +5,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -83,6 +84,11 @@ std::vector<LoadItem> RandomLoad(uint64_t seed, int count, int vocab_size, int m
 // Runs `load` to its end through a real scheduler. A step that fails ends the test program.
 LoadReport RunLoad(const std::vector<LoadItem>& load, const SchedulerConfig& config,
                    Engine* engine);
+
+// Says which request got other tokens in one run than in the other, or too few; empty when none
+// did. Of a request whose client went away, what both runs drew is compared.
+std::string TokensThatDiffer(const std::vector<LoadItem>& load, const LoadReport& one,
+                             const LoadReport& other);
 
 }  // namespace latentd
 

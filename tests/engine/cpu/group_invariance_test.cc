@@ -3,7 +3,6 @@
 
 #include <gtest/gtest.h>
 
-#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
@@ -159,27 +158,6 @@ class GroupLoadTest : public ::testing::TestWithParam<uint64_t> {
   const SchedulerConfig scheduler_ = {.max_step_tokens = 48, .max_running = 6};
 };
 
-// What both runs drew of each request: all of it, but for those whose client went away.
-void ExpectSameTokens(const std::vector<LoadItem>& load, const LoadReport& one,
-                      const LoadReport& other) {
-  for (const LoadItem& item : load) {
-    const RequestId id = item.request.id;
-    const auto of = [id](const LoadReport& report) {
-      const auto at = report.tokens.find(id);
-      return at == report.tokens.end() ? std::vector<TokenId>() : at->second;
-    };
-    std::vector<TokenId> a = of(one), b = of(other);
-    if (item.cancel >= 0) {
-      const size_t both = std::min(a.size(), b.size());
-      a.resize(both);
-      b.resize(both);
-    } else {
-      EXPECT_EQ(a.size(), static_cast<size_t>(item.request.max_new_tokens)) << "request " << id;
-    }
-    EXPECT_EQ(a, b) << "request " << id;
-  }
-}
-
 TEST_P(GroupLoadTest, LogitsAreTheSameBits) {
   const LoadedModel model = LoadModel(kDemoModel);
   const auto load = RandomLoad(GetParam(), 32, model.config.vocab_size, kMaxPrompt, kMaxNew);
@@ -199,7 +177,7 @@ TEST_P(GroupLoadTest, LogitsAreTheSameBits) {
     SCOPED_TRACE(ranks);
     GroupRunner group(model, ranks, options);
     const LoadReport report = RunLoad(load, scheduler_, &group);
-    ExpectSameTokens(load, expected, report);
+    EXPECT_EQ(TokensThatDiffer(load, expected, report), "");
     int64_t compared = 0;
     for (const auto& [place, print] : group.prints()) {
       const auto at = alone.prints().find(place);
@@ -252,7 +230,7 @@ TEST_P(GroupLoadTest, EnginesDrawTheSameTokens) {
     ASSERT_TRUE(group.ok()) << group.status();
     EXPECT_EQ((*group)->info().num_dp_ranks, ranks);
     EXPECT_EQ((*group)->info().num_blocks, kNumBlocks);
-    ExpectSameTokens(load, expected, RunLoad(load, scheduler_, group->get()));
+    EXPECT_EQ(TokensThatDiffer(load, expected, RunLoad(load, scheduler_, group->get())), "");
   }
 }
 
