@@ -31,12 +31,13 @@ NodeAgent::NodeAgent(NodeAgentOptions options)
 NodeAgent::~NodeAgent() { supervisor_.Stop(absl::ZeroDuration()); }
 
 absl::Status NodeAgent::Run() {
-  const std::shared_ptr<grpc::Channel> channel =
-      DialLeader(options_.leader, options_.keepalive_time, options_.keepalive_timeout);
-  const auto stub = v1::RankService::NewStub(channel);
   absl::Duration wait = options_.shortest_wait;
   absl::Time next_said = absl::InfinitePast();
   while (true) {
+    // A new channel for each try: an old one waits up to two minutes between looking up a name that
+    // there was not.
+    const auto stub = v1::RankService::NewStub(
+        DialLeader(options_.leader, options_.keepalive_time, options_.keepalive_timeout));
     bool heard = false;
     const absl::Status status = Attach(stub.get(), &heard);
     supervisor_.Stop(options_.grace);
