@@ -76,6 +76,8 @@ class LoadListener {
   // Before the weights are read. `table`: lines ending in '\n'.
   virtual void OnPlan(const std::string& table) = 0;
   virtual void OnProgress(uint64_t loaded_bytes, uint64_t total_bytes) = 0;
+  // Nothing moves, and nothing is wrong: it waits for other machines.
+  virtual void OnWaiting() {}
 };
 
 // Loads the weights of `dir` and makes the engine. RESOURCE_EXHAUSTED, before anything is read,

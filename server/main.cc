@@ -16,6 +16,8 @@
 #include "server/client/bench.h"
 #include "server/client/chat.h"
 #include "server/cluster/node_process.h"
+#include "server/cluster/process_supervisor.h"
+#include "server/cluster/rank_process.h"
 #include "server/config.h"
 #include "server/model_loader.h"
 #include "server/serve.h"
@@ -107,6 +109,27 @@ void RegisterNodeCommand(CLI::App& app, int* exit_code) {
     const auto invocation = ReadInvocation(*command, *flags);
     *exit_code = invocation.ok() ? RunNode(invocation->config, invocation->model)
                                  : Report("node", invocation.status(), kServeUsage);
+  });
+}
+
+// Started by `latentd serve` and `latentd node`, seldom by hand.
+void RegisterRankCommand(CLI::App& app, int* exit_code) {
+  CLI::App* command =
+      app.add_subcommand("rank", "Compute as one rank of a group, for the daemon that leads it");
+  const auto flags = AddConfigFlags(command);
+  const auto rank = std::make_shared<int32_t>(0);
+  const auto parent_pid = std::make_shared<int32_t>(0);
+  command->add_option("--rank", *rank, "Which rank")->required();
+  command->add_option("--parent-pid", *parent_pid,
+                      "The process that started this one, to end with; 0: none");
+  command->callback([command, flags, rank, parent_pid, exit_code] {
+    if (*parent_pid != 0 && !EndWithParent(*parent_pid)) {
+      *exit_code = kServeFailed;
+      return;
+    }
+    const auto invocation = ReadInvocation(*command, *flags);
+    *exit_code = invocation.ok() ? RunRank(invocation->config, invocation->model, *rank)
+                                 : Report("rank", invocation.status(), kServeUsage);
   });
 }
 
@@ -207,6 +230,7 @@ int Main(int argc, char** argv) {
   app.require_subcommand(1);
   RegisterServeCommand(app, &exit_code);
   RegisterNodeCommand(app, &exit_code);
+  RegisterRankCommand(app, &exit_code);
   RegisterChatCommand(app, &exit_code);
   RegisterBenchCommand(app, &exit_code);
   RegisterBenchEngineCommand(*app.get_subcommand("bench"), &exit_code);

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <fstream>
 #include <limits>
+#include <optional>
 #include <utility>
 
 #include "absl/time/clock.h"
@@ -131,6 +132,43 @@ void CollectProcess(absl::Time start, Writer* out) {
              absl::ToDoubleSeconds(start - absl::UnixEpoch()));
 }
 
+void CollectCluster(const ClusterStats& stats, Writer* out) {
+  out->Gauge("latentd_group_epoch", "Which forming of the group of ranks the latest one is.",
+             stats.epoch);
+  out->Gauge("latentd_group_formed", "1 while the group is whole.", stats.formed);
+  out->Counter("latentd_group_formings_total", "Formings of the group that succeeded.",
+               stats.num_formed);
+  out->Counter("latentd_group_steps_total", "Steps that all ranks computed.", stats.num_steps);
+  out->Gauge("latentd_group_recovery_seconds",
+             "How long the group was missing, the latest time that it was formed again.",
+             stats.last_forming_seconds);
+  out->Family("latentd_group_transport_info",
+              "Constant 1; the label says what carries the ranks' tensors.", "gauge")
+      .Value(1, {{"transport", stats.transport}});
+  out->Family("latentd_ranks_lost_total", "Ranks that were lost, by reason.", "counter");
+  for (size_t i = 0; i < kNumLossReasons; ++i) {
+    if (!IsLossOfRank(static_cast<LossReason>(i))) continue;
+    out->Value(stats.ranks_lost[i], {{"reason", std::string(kLossReasonNames[i])}});
+  }
+  out->Family(
+      "latentd_group_given_up_total",
+      "Groups that were given up, by the first reason; step_deadline: a step took too long.",
+      "counter");
+  for (size_t i = 0; i < kNumLossReasons; ++i) {
+    out->Value(stats.groups_given_up[i], {{"reason", std::string(kLossReasonNames[i])}});
+  }
+  out->Family("latentd_rank_state", "1 for the state that a rank is in, 0 for the others.",
+              "gauge");
+  for (size_t rank = 0; rank < stats.ranks.size(); ++rank) {
+    for (size_t i = 0; i < kRankStateNames.size(); ++i) {
+      out->Value(static_cast<size_t>(stats.ranks[rank].state) == i,
+                 {{"rank", std::to_string(rank)},
+                  {"node", std::to_string(stats.ranks[rank].node)},
+                  {"state", std::string(kRankStateNames[i])}});
+    }
+  }
+}
+
 }  // namespace
 
 Histogram::Histogram(absl::Span<const double> bounds)
@@ -198,6 +236,11 @@ void Metrics::SetEngine(const EngineInfo& info, std::string engine, bool prefix_
   core_stats_ = std::move(stats);
 }
 
+void Metrics::SetCluster(std::function<ClusterStats()> stats) {
+  absl::MutexLock lock(&mutex_);
+  cluster_stats_ = std::move(stats);
+}
+
 void Metrics::OnStep(const StepReport& report) {
   const bool decode = report.num_tokens == report.num_sequences;
   (decode ? decode_step_ : prefill_step_).Observe(absl::ToDoubleSeconds(report.execute));
@@ -256,13 +299,14 @@ std::string Metrics::Text() const {
     out.Value(static_cast<size_t>(state) == i, {{"state", std::string(kServerStateNames[i])}});
   }
   out.Gauge("latentd_ready", "1 when calls are answered (health key \"\").",
-            state == ServerState::kServing && alive_);
+            state == ServerState::kServing && alive_ && engine_ready_);
   out.Gauge("latentd_alive", "1 when the process makes progress (health key \"liveness\").",
             alive_);
   out.Gauge("latentd_load_bytes_loaded", "Bytes of weights loaded so far.", load_bytes_loaded_);
   out.Gauge("latentd_load_bytes_expected", "Bytes of weights to load.", load_bytes_total_);
 
   CoreStats core;
+  std::optional<ClusterStats> cluster;
   {
     absl::MutexLock lock(&mutex_);
     out.Family("latentd_startup_seconds", "How long each phase of the start took.", "gauge");
@@ -275,6 +319,7 @@ std::string Metrics::Text() const {
           .Value(1, labels);
       core = core_stats_();
     }
+    if (cluster_stats_) cluster = cluster_stats_();
   }
   out.Gauge("latentd_requests_waiting", "Requests that wait for a place in a step.",
             core.num_waiting);
@@ -293,6 +338,18 @@ std::string Metrics::Text() const {
   out.Counter("latentd_prompt_tokens_cached_total",
               "Of the prompt tokens: found in the prefix cache.", core.cached_tokens);
   out.Counter("latentd_generation_tokens_total", "Tokens drawn.", generation_tokens_);
+  out.Counter("latentd_recoveries_total",
+              "Steps that the engine lost, such as by the loss of a rank; their sequences are "
+              "computed again.",
+              core.num_recoveries);
+  out.Counter("latentd_sequences_recovered_total", "Sequences that were computed again for that.",
+              core.num_recovered);
+  out.Counter("latentd_requests_unrecovered_total",
+              "Requests that max_recoveries or recovery_timeout ended.", core.num_unrecovered);
+  out.Counter("latentd_engine_not_ready_seconds_total",
+              "Time that the engine was there and not ready: a rank was missing.",
+              absl::ToDoubleSeconds(core.not_ready));
+  if (cluster) CollectCluster(*cluster, &out);
 
   out.Family("latentd_requests_total", "Generating calls that ended, by method, code and finish.",
              "counter");

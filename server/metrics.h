@@ -16,6 +16,7 @@
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "scheduler/engine_core.h"
+#include "server/cluster/cluster_stats.h"
 #include "server/request_observer.h"
 
 namespace latentd {
@@ -70,6 +71,10 @@ class Metrics final : public RequestObserver {
   void SetEngine(const EngineInfo& info, std::string engine, bool prefix_caching,
                  std::function<CoreStats()> stats);
 
+  // The same of a group of ranks.
+  void SetCluster(std::function<ClusterStats()> stats);
+  void SetEngineReady(bool ready) { engine_ready_ = ready; }
+
   // EngineCore::Callbacks::on_step.
   void OnStep(const StepReport& report);
 
@@ -93,6 +98,7 @@ class Metrics final : public RequestObserver {
   const absl::Time start_;
   std::atomic<ServerState> state_{ServerState::kStarting};
   std::atomic<bool> alive_{true};
+  std::atomic<bool> engine_ready_{true};
   std::atomic<uint64_t> load_bytes_loaded_{0};
   std::atomic<uint64_t> load_bytes_total_{0};
   std::atomic<int64_t> generation_tokens_{0};
@@ -120,6 +126,7 @@ class Metrics final : public RequestObserver {
   std::map<std::string, double, std::less<>> startup_seconds_ ABSL_GUARDED_BY(mutex_);
   std::map<std::string, std::string> engine_labels_ ABSL_GUARDED_BY(mutex_);
   std::function<CoreStats()> core_stats_ ABSL_GUARDED_BY(mutex_);
+  std::function<ClusterStats()> cluster_stats_ ABSL_GUARDED_BY(mutex_);
 };
 
 }  // namespace latentd

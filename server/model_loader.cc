@@ -10,8 +10,11 @@
 #include "engine/model/generation_config.h"
 #include "engine/status.h"
 #include "fmt/format.h"
+#include "server/cluster/rank_command.h"
+#include "server/cluster/remote_engine.h"
 #include "server/fingerprint.h"
 #include "server/log.h"
+#include "server/version.h"
 
 namespace latentd {
 namespace {
@@ -105,6 +108,40 @@ absl::Status WarmUp(Engine* engine) {
     num_computed += num_tokens;
   }
   return absl::OkStatus();
+}
+
+// The same of a group, which may lose a rank meanwhile.
+absl::Status WarmUp(Engine* engine, Cluster* cluster) {
+  constexpr int kTries = 10;
+  absl::Status status;
+  for (int i = 0; i < kTries; ++i) {
+    status = WarmUp(engine);
+    if (!absl::IsAborted(status)) return status;
+    RETURN_IF_ERROR(cluster->leader()->AwaitGroup(absl::Minutes(1)).status());
+  }
+  return status;
+}
+
+absl::StatusOr<std::unique_ptr<Cluster>> StartCluster(const ServeConfig& config,
+                                                      const ModelPath& path,
+                                                      LoadListener* listener) {
+  ClusterOptions options;
+  options.listen = ClusterListenAddress(config);
+  options.world_size = static_cast<int32_t>(config.world_size);
+  options.num_nodes = static_cast<int32_t>(config.num_nodes);
+  options.version = kVersion;
+  options.step_deadline = config.step_deadline;
+  options.form_timeout = config.group_timeout;
+  ASSIGN_OR_RETURN(options.config_hash, ConfigHash(config, path));
+  ASSIGN_OR_RETURN(options.checkpoint_hash, CheckpointHash(config, path));
+  listener->OnPhase("weights");
+  return Cluster::Start(
+      options,
+      [config, listen = options.listen](int port, int32_t rank) {
+        return RankCommand(config,
+                           config.leader.empty() ? DialAddress(listen, port) : config.leader, rank);
+      },
+      listener);
 }
 
 }  // namespace
@@ -248,16 +285,24 @@ absl::StatusOr<LoadedModel> LoadModel(const ServeConfig& config, const ModelPath
 
   const LoadFormat format =
       config.load_format == "dummy" ? LoadFormat::kDummy : LoadFormat::kSafetensors;
-  ASSIGN_OR_RETURN(std::unique_ptr<Engine> engine,
-                   MakeEngine(model, path.dir, format, settings, listener));
+  LoadedModel loaded{
+      .served = nullptr, .cluster = nullptr, .engine = nullptr, .engine_kind = settings.kind};
+  if (HasRankProcesses(config)) {
+    ASSIGN_OR_RETURN(loaded.cluster, StartCluster(config, path, listener));
+    loaded.engine = std::make_unique<RemoteEngine>(loaded.cluster->leader());
+  } else {
+    ASSIGN_OR_RETURN(loaded.engine, MakeEngine(model, path.dir, format, settings, listener));
+  }
   ASSIGN_OR_RETURN(served->weights_hash, CheckpointHash(config, path));
-  const EngineInfo info = engine->info();
+  const EngineInfo info = loaded.engine->info();
   served->max_model_len = info.max_model_len;
-  served->kv_cache_tokens = int64_t{info.num_blocks} * kBlockSize;
+  served->kv_cache_tokens = int64_t{info.num_blocks} * kBlockSize * info.num_dp_ranks;
+  loaded.served = std::move(served);
 
   listener->OnPhase("warmup");
-  RETURN_IF_ERROR(WarmUp(engine.get()));
-  return LoadedModel{std::move(served), std::move(engine), settings.kind};
+  RETURN_IF_ERROR(loaded.cluster == nullptr ? WarmUp(loaded.engine.get())
+                                            : WarmUp(loaded.engine.get(), loaded.cluster.get()));
+  return loaded;
 }
 
 }  // namespace latentd

@@ -10,6 +10,7 @@
 #include "absl/status/statusor.h"
 #include "engine/engine.h"
 #include "engine/model/config.h"
+#include "server/cluster/cluster.h"
 #include "server/config.h"
 #include "server/engine_factory.h"
 #include "server/served_model.h"
@@ -43,7 +44,8 @@ absl::Status LoadText(const ServeConfig& config, const ModelPath& path, const Mo
 
 struct LoadedModel {
   std::shared_ptr<const ServedModel> served;
-  std::unique_ptr<Engine> engine;  // has computed one step already
+  std::unique_ptr<Cluster> cluster;  // the ranks that the engine is made of; null: in this process
+  std::unique_ptr<Engine> engine;    // has computed one step already
   EngineKind engine_kind = EngineKind::kCpu;
 };
 

@@ -132,6 +132,8 @@ class Server::Progress final : public LoadListener {
     }
   }
 
+  void OnWaiting() override { server_->load_moved_ns_ = absl::GetCurrentTimeNanos(); }
+
   void OnPlan(const std::string& table) override {
     for (size_t begin = 0; begin < table.size();) {
       const size_t end = std::min(table.find('\n', begin), table.size());
@@ -183,6 +185,10 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const ServeConfig& config,
       .deadline = config.step_deadline,
       .busy_since =
           [self = server.get()] {
+            // A group's leader judges its steps itself: there they do not end the daemon.
+            if (self->running_core_ != nullptr && self->cluster_ != nullptr) {
+              return absl::InfinitePast();
+            }
             if (EngineCore* core = self->running_core_) return core->stats().step_started_at;
             const int64_t moved = self->load_moved_ns_;
             return moved == 0 ? absl::InfinitePast() : absl::FromUnixNanos(moved);
@@ -270,6 +276,15 @@ void Server::OnStuck(bool stuck, absl::Duration busy) {
   UpdateHealth();
 }
 
+// The core's thread: the group of ranks is whole, or is being formed again.
+void Server::OnEngineReady(bool ready) {
+  LogEvent(ready ? spdlog::level::info : spdlog::level::warn,
+           ready ? "serving again" : "not serving: the ranks form their group again", {});
+  absl::MutexLock lock(&mutex_);
+  engine_ready_ = ready;
+  UpdateHealth();
+}
+
 // The core's thread, or the watchdog's. First health, so that nobody new is sent here.
 void Server::OnLost(const absl::Status& why) {
   {
@@ -293,12 +308,17 @@ absl::Status Server::LoadAndServe() {
   Progress progress(this);
   ASSIGN_OR_RETURN(LoadedModel loaded, load_model_(config_, model_, &progress));
   progress.EndPhase();
+  cluster_ = std::move(loaded.cluster);
   engine_ = std::move(loaded.engine);
+  if (cluster_ != nullptr) {
+    metrics_.SetCluster([cluster = cluster_.get()] { return cluster->stats(); });
+  }
   core_ = std::make_unique<EngineCore>(
       SchedulerConfig{.max_step_tokens = static_cast<int32_t>(config_.max_step_tokens),
                       .max_running = static_cast<int32_t>(config_.max_running),
                       .max_waiting = static_cast<int32_t>(config_.max_waiting),
-                      .prefix_caching = config_.prefix_caching},
+                      .prefix_caching = config_.prefix_caching,
+                      .max_recoveries = static_cast<int32_t>(config_.max_recoveries)},
       engine_.get(),
       EngineCore::Callbacks{
           .on_events =
@@ -306,7 +326,9 @@ absl::Status Server::LoadAndServe() {
                 service_.HandleEvents(std::move(events));
               },
           .on_step = [this](const StepReport& report) { metrics_.OnStep(report); },
-          .on_lost = [this](const absl::Status& why) { OnLost(why); }});
+          .on_lost = [this](const absl::Status& why) { OnLost(why); },
+          .on_ready_change = [this](bool ready) { OnEngineReady(ready); }},
+      config_.recovery_timeout);
   running_core_ = core_.get();
   metrics_.SetEngine(engine_->info(), std::string(EngineName(loaded.engine_kind)),
                      config_.prefix_caching, [core = core_.get()] { return core->stats(); });
@@ -331,8 +353,9 @@ void Server::SetState(ServerState state) {
 void Server::UpdateHealth() {
   metrics_.SetState(state_);
   metrics_.SetAlive(alive_);
+  metrics_.SetEngineReady(engine_ready_);
   health_.SetAlive(alive_);
-  health_.SetReady(state_ == ServerState::kServing && alive_);
+  health_.SetReady(state_ == ServerState::kServing && alive_ && engine_ready_);
 }
 
 void Server::StartDrain() {

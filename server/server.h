@@ -76,6 +76,7 @@ class Server {
   absl::Status LoadAndServe();
   void OnStuck(bool stuck, absl::Duration busy);
   void OnLost(const absl::Status& why);
+  void OnEngineReady(bool ready);
   void SetState(ServerState state);
   void UpdateHealth() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
@@ -87,12 +88,14 @@ class Server {
   mutable absl::Mutex mutex_;
   ServerState state_ ABSL_GUARDED_BY(mutex_) = ServerState::kStarting;
   bool alive_ ABSL_GUARDED_BY(mutex_) = true;
+  bool engine_ready_ ABSL_GUARDED_BY(mutex_) = true;
   std::optional<absl::Status> load_status_ ABSL_GUARDED_BY(mutex_);
   std::optional<absl::Status> lost_ ABSL_GUARDED_BY(mutex_);
   std::atomic<int64_t> load_moved_ns_{0};  // when loading last moved, Unix time; 0: not loading
 
   Metrics metrics_;
   std::unique_ptr<Observer> observer_;
+  std::unique_ptr<Cluster> cluster_;  // null: the engine is in this process
   std::unique_ptr<Engine> engine_;
   std::unique_ptr<EngineCore> core_;  // outlives the service, whose last calls may cancel in it
   InferenceService service_;

@@ -210,13 +210,15 @@ absl::StatusOr<std::unique_ptr<ClusterLeader>> ClusterLeader::Start(const Cluste
 
 ClusterLeader::~ClusterLeader() {
   if (server_ == nullptr) return;
-  {
-    absl::MutexLock lock(&mutex_);
-    group_->Shutdown();
-    nodes_->Shutdown();
-    Publish();
-  }
+  Shutdown();
   server_->Stop(kShutdownGrace);
+}
+
+void ClusterLeader::Shutdown() {
+  absl::MutexLock lock(&mutex_);
+  group_->Shutdown();
+  nodes_->Shutdown();
+  Publish();
 }
 
 void ClusterLeader::SetLocalNode(NodeControl* node) {

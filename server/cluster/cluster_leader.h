@@ -30,9 +30,12 @@ class ClusterLeader {
  public:
   // Listens. Ranks that come in are taken from then on.
   static absl::StatusOr<std::unique_ptr<ClusterLeader>> Start(const ClusterOptions& options);
-  // Tells ranks and agents to exit, and ends their streams.
+  // Shutdown(), and ends all streams.
   // REQUIRES: no RunStep() is under way.
   ~ClusterLeader();
+
+  // Tells ranks and agents to exit; no group is formed any more.
+  void Shutdown() ABSL_LOCKS_EXCLUDED(mutex_);
 
   int port() const { return server_->port(); }
 

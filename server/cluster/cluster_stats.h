@@ -37,6 +37,7 @@ inline constexpr std::array<std::string_view, 9> kLossReasonNames = {
     "exited", "silent",     "failed",        "garbage",   "abort_timeout",
     "unfit",  "step_error", "step_deadline", "form_error"};
 inline constexpr size_t kNumLossReasons = kLossReasonNames.size();
+constexpr bool IsLossOfRank(LossReason reason) { return reason < LossReason::kStepError; }
 
 // A picture of a group of ranks at one moment; for metrics.
 struct ClusterStats {

@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "engine/status.h"
+#include "server/cluster/leader_channel.h"
 #include "server/cluster/plan_codec.h"
 #include "server/log.h"
 #include "server/status.h"
@@ -18,11 +19,6 @@ namespace {
 
 constexpr absl::Duration kAbortInterval = absl::Milliseconds(50);
 constexpr int64_t kEveryEpoch = std::numeric_limits<int64_t>::max();
-
-std::string HostName() {
-  char name[256] = {};
-  return gethostname(name, sizeof(name) - 1) == 0 ? name : "";
-}
 
 void ToWire(const absl::Status& status, v1::RankStatus* wire) {
   wire->set_code(static_cast<int32_t>(status.code()));
@@ -34,23 +30,6 @@ void ToWire(const absl::Status& status, v1::RankStatus* wire) {
 bool MayPass(const absl::Status& status) {
   return absl::IsUnavailable(status) || absl::IsAlreadyExists(status) ||
          absl::IsDeadlineExceeded(status);
-}
-
-std::shared_ptr<grpc::Channel> MakeChannel(const RankSessionOptions& options) {
-  grpc::ChannelArguments arguments;
-  arguments.SetMaxReceiveMessageSize(-1);
-  arguments.SetMaxSendMessageSize(-1);
-  arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
-  arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 50);
-  arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 1000);
-  arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 500);
-  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS,
-                   static_cast<int>(absl::ToInt64Milliseconds(options.keepalive_time)));
-  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS,
-                   static_cast<int>(absl::ToInt64Milliseconds(options.keepalive_timeout)));
-  arguments.SetInt(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
-  arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
-  return grpc::CreateCustomChannel(options.leader, grpc::InsecureChannelCredentials(), arguments);
 }
 
 }  // namespace
@@ -117,7 +96,7 @@ void RankSession::Stop() {
 // ---- Run()'s thread --------------------------------------------------------------------------
 
 absl::StatusOr<v1::Welcome> RankSession::Connect() {
-  channel_ = MakeChannel(options_);
+  channel_ = DialLeader(options_.leader, options_.keepalive_time, options_.keepalive_timeout);
   stub_ = v1::RankService::NewStub(channel_);
   const absl::Time deadline = absl::Now() + options_.connect_timeout;
   while (true) {
@@ -329,8 +308,7 @@ void RankSession::Step(const v1::Step& step) {
     EncodeResult(*result, done.mutable_result()->data());
   } else {
     LogEvent(spdlog::level::warn, "step failed",
-             {{"rank", options_.rank},
-              {"epoch", step.epoch()},
+             {{"epoch", step.epoch()},
               {"step", plan_.step},
               {"why", std::string(result.status().message())}});
   }

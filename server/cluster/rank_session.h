@@ -49,7 +49,8 @@ class RankSession {
   RankSession(RankSessionOptions options, Loader loader);
 
   // Until the leader says that it ends: OK. Or until the leader is gone or does not take this rank,
-  // the engine is lost, or Stop(): an error. Then the engine is gone too. To be called once.
+  // the engine is lost: an error. Or until Stop(): CANCELLED. Then the engine is gone too. To be
+  // called once.
   absl::Status Run();
 
   // Ends Run() soon, as if the leader were gone. Any thread.

@@ -23,9 +23,14 @@ RemoteEngine::RemoteEngine(ClusterLeader* leader)
 
 absl::StatusOr<StepResult> RemoteEngine::Execute(const StepPlan& plan) {
   const int64_t epoch = leader_->formed_epoch();
+  absl::StatusOr<StepResult> result = RunStep(epoch, plan);
+  cache_epoch_ = result.ok() ? epoch : 0;
+  return result;
+}
+
+absl::StatusOr<StepResult> RemoteEngine::RunStep(int64_t epoch, const StepPlan& plan) {
   if (epoch == 0) return absl::AbortedError("the ranks are not in a group now");
-  if (epoch != cache_epoch_) {
-    cache_epoch_ = epoch;
+  if (cache_epoch_ != 0 && cache_epoch_ != epoch) {
     return absl::AbortedError("the group was formed again since the last step");
   }
   SplitPlan(plan, info_.num_dp_ranks, &shares_);

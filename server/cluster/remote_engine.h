@@ -27,11 +27,14 @@ class RemoteEngine final : public Engine {
   bool ready() const override { return leader_->formed_epoch() != 0; }
 
  private:
+  absl::StatusOr<StepResult> RunStep(int64_t epoch, const StepPlan& plan);
   absl::Status CheckResult(const StepPlan& share, const StepResult& result) const;
 
   ClusterLeader* const leader_;
   const EngineInfo info_;
-  int64_t cache_epoch_;  // of the group that the scheduler's blocks belong to
+  // The group whose caches hold what the caller believes to be there; 0: it believes nothing,
+  // having been told that all is lost.
+  int64_t cache_epoch_;
 
   // Used again from step to step.
   std::vector<StepPlan> shares_;            // [world_size]
