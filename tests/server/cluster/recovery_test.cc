@@ -99,7 +99,7 @@ TEST_P(RecoveryTest, ARankDiesInAStep) {
   served.log().WaitForEvents(0, 3);
   served.cluster().fabric.InjectInStep(GetParam() - 1, Fault::kDie);
   served.ExpectAllRight();
-  EXPECT_GE(served.core().stats().num_recoveries, 1);
+  EXPECT_EQ(served.core().stats().num_recoveries, 1);
   EXPECT_EQ(served.lost(LossReason::kExited), 1);
   EXPECT_EQ(served.stats().num_formed, 2);
   EXPECT_EQ(served.cluster().fabric.num_loads, GetParam() + 1);  // the survivors kept theirs
@@ -123,6 +123,7 @@ TEST_P(RecoveryTest, AStepFails) {
   served.cluster().fabric.InjectInStep(0, Fault::kError);
   served.ExpectAllRight();
   EXPECT_EQ(served.given_up(LossReason::kStepError), 1);
+  EXPECT_EQ(served.core().stats().num_recoveries, 1);
   EXPECT_EQ(served.cluster().fabric.num_loads, GetParam());  // nobody had to load again
 }
 

@@ -93,6 +93,7 @@ ClusterOptions TestOptions(int32_t world_size) {
           .version = "1",
           .config_hash = "c",
           .checkpoint_hash = "w",
+          .heartbeat_timeout = absl::Seconds(30),
           .min_backoff = absl::Milliseconds(5),
           .max_backoff = absl::Milliseconds(40)};
 }
