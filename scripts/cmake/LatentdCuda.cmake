@@ -1,6 +1,6 @@
 # The CUDA compiler and what the CUDA engine is built with: a local toolkit (nvcc in PATH or /usr/local/cuda), else the
 # Python wheels that `scripts/setup --cuda` puts into LATENTD_PYTHON_ENV. Sets LATENTD_HAVE_CUDA. At run time the program
-# needs the driver and cuBLAS alone, and only when the CUDA engine is asked for: it loads both by name.
+# needs the driver, cuBLAS and, in a group, NCCL, and only when the CUDA engine is asked for: it loads them by name.
 
 set(LATENTD_HAVE_CUDA OFF)
 if(NOT LATENTD_CUDA MATCHES "^(AUTO|ON|OFF)$")
@@ -40,6 +40,8 @@ get_filename_component(latentd_cuda_bin ${LATENTD_NVCC} REALPATH)
 get_filename_component(latentd_cuda_root ${latentd_cuda_bin}/../.. ABSOLUTE)
 set(LATENTD_CUDA_ROOT ${latentd_cuda_root})
 find_path(LATENTD_CUBLAS_INCLUDE cublasLt.h PATHS ${LATENTD_CUDA_ROOT}/include REQUIRED)
+# The exchange between GPUs; without the header the program has a model on one GPU alone.
+find_path(LATENTD_NCCL_INCLUDE nccl.h PATHS ${LATENTD_CUDA_ROOT}/include ${latentd_wheels}/nvidia/nccl/include)
 
 # Host code that calls the runtime; its kernels' headers.
 add_library(latentd_cuda_headers INTERFACE)
