@@ -92,8 +92,9 @@ cudaError_t LaunchKernel(const Fp8GemmArgs& args, Params params, int blocks,
 
   const int shared_bytes = L(params.stages, w.num_groups).total;
   const auto kernel = fp8_gemm::Kernel<kRows, kSwiglu, kCluster>;
+  // Always the same: another thread may be about to launch with another size.
   if (cudaError_t error =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
       error != cudaSuccess)
     return error;
   const LaunchShape shape = {.grid = dim3(static_cast<unsigned>(blocks / kCluster * kCluster)),
