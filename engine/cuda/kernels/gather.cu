@@ -27,6 +27,22 @@ __device__ __forceinline__ void CopyRow(const uint4* from, uint4* to, int vector
   }
 }
 
+// Where token `token` of the group lies. Ids of an exchange that was broken off are any bytes: they
+// lead to some token of it.
+__device__ __forceinline__ void FindInSlots(const GatherArgs& args, int64_t& token,
+                                            int64_t& slot_begin) {
+  const uint32_t last = args.num_ranks * args.rank_rows - 1;
+  const uint32_t of_group = min(static_cast<uint32_t>(token), last);
+  slot_begin = of_group / args.rank_rows * args.slot_bytes;
+  token = of_group % args.rank_rows;
+}
+
+template <typename T>
+__device__ __forceinline__ const T* Shifted(const T* pointer, int64_t bytes) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(pointer) + bytes);
+}
+
+template <bool kSlots>
 __global__ void __launch_bounds__(kThreads) Gather(GatherArgs args) {
   WaitForPrevious();
   LetNextBegin();
@@ -35,24 +51,30 @@ __global__ void __launch_bounds__(kThreads) Gather(GatherArgs args) {
   const int groups = args.hidden_size / kQuantGroup;
   for (int first = blockIdx.x * kRows; first < num_rows; first += gridDim.x * kRows) {
     if (first + warp < num_rows) {
-      const int64_t row = first + warp, token = args.routing.token_of_row[row];
+      const int64_t row = first + warp;
+      int64_t token = args.routing.token_of_row[row], slot = 0;
+      if constexpr (kSlots) FindInSlots(args, token, slot);
       if (args.out.fp8.data != nullptr) {
-        CopyRow(reinterpret_cast<const uint4*>(args.x.fp8.data + token * args.hidden_size),
+        CopyRow(reinterpret_cast<const uint4*>(Shifted(args.x.fp8.data, slot) +
+                                               token * args.hidden_size),
                 reinterpret_cast<uint4*>(args.out.fp8.data + row * args.hidden_size),
                 args.hidden_size / 16, lane);
       }
       if (args.out.bf16 != nullptr) {
-        CopyRow(reinterpret_cast<const uint4*>(args.x.bf16 + token * args.hidden_size),
-                reinterpret_cast<uint4*>(args.out.bf16 + row * args.hidden_size),
-                args.hidden_size / 8, lane);
+        CopyRow(
+            reinterpret_cast<const uint4*>(Shifted(args.x.bf16, slot) + token * args.hidden_size),
+            reinterpret_cast<uint4*>(args.out.bf16 + row * args.hidden_size), args.hidden_size / 8,
+            lane);
       }
     }
     const int row = first + threadIdx.x % kRows;
     if (args.out.fp8.data != nullptr && row < num_rows) {
-      const int token = args.routing.token_of_row[row];
+      int64_t token = args.routing.token_of_row[row], slot = 0;
+      if constexpr (kSlots) FindInSlots(args, token, slot);
+      const float* scales = Shifted(args.x.fp8.scales, slot);
       for (int g = threadIdx.x / kRows; g < groups; g += kThreads / kRows) {
         args.out.fp8.scales[g * args.out.fp8.scale_stride + row] =
-            args.x.fp8.scales[g * args.x.fp8.scale_stride + token];
+            scales[g * args.x.fp8.scale_stride + token];
       }
     }
   }
@@ -72,10 +94,14 @@ cudaError_t GatherRows(const GatherArgs& args, cudaStream_t stream) {
     return cudaErrorInvalidValue;
   }
   if (bf16 && (args.hidden_size % 8 != 0 || args.x.bf16 == nullptr)) return cudaErrorInvalidValue;
+  if (args.num_ranks > 0 &&
+      (args.rank_rows < 1 || args.slot_bytes < 0 || args.slot_bytes % 16 != 0))
+    return cudaErrorInvalidValue;
   if (args.max_rows == 0) return cudaSuccess;
   constexpr int kMostBlocks = 132 * 8;  // all that a GPU holds at once
   const int blocks = std::min((args.max_rows + kRows - 1) / kRows, kMostBlocks);
-  return Launch(Gather, {.grid = dim3(blocks), .block = dim3(kThreads)}, stream, args);
+  return Launch(args.num_ranks > 0 ? Gather<true> : Gather<false>,
+                {.grid = dim3(blocks), .block = dim3(kThreads)}, stream, args);
 }
 
 }  // namespace latentd

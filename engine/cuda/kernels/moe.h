@@ -56,7 +56,8 @@ size_t RouterWorkspaceBytes(int max_tokens, int n_routed_experts);
 cudaError_t RouteTokens(const RouterArgs& args, cudaStream_t stream);
 
 // out[r] = x[token_of_row[r]] for each of the routing's rows. FP8 (with scales) or bf16, whichever
-// x has.
+// x has. With num_ranks > 0 token t is token t % rank_rows of the slot of rank t / rank_rows, and x
+// is that of rank 0's slot (exchange.h).
 struct GatherArgs {
   MoeRouting routing;
   int num_groups = 0;
@@ -64,6 +65,8 @@ struct GatherArgs {
   int hidden_size = 0;
   LinearInput x;    // [num_tokens, hidden_size]
   LinearInput out;  // [max_rows, hidden_size]
+  int num_ranks = 0, rank_rows = 0;
+  int64_t slot_bytes = 0;  // from a rank's x to the next rank's, a multiple of 16
 };
 cudaError_t GatherRows(const GatherArgs& args, cudaStream_t stream);
 
