@@ -43,8 +43,8 @@ WeightMatrix TakeMatrix(const Dims& dims, int num_groups, int n, int k, Carver& 
   return matrix;
 }
 
-GpuLayer TakeLayer(const ModelConfig& config, const Dims& dims, bool moe, bool gate_f32,
-                   Carver& carver) {
+GpuLayer TakeLayer(const ModelConfig& config, const Dims& dims, const ExpertRange& experts,
+                   bool moe, bool gate_f32, Carver& carver) {
   GpuLayer layer;
   const int lora = config.q_lora_rank.value_or(0);
   layer.input_layernorm = carver.Take<float>(dims.hidden);
@@ -60,7 +60,7 @@ GpuLayer TakeLayer(const ModelConfig& config, const Dims& dims, bool moe, bool g
   layer.o = TakeMatrix(dims, 1, dims.hidden, dims.heads * dims.value, carver);
   layer.post_attention_layernorm = carver.Take<float>(dims.hidden);
 
-  const int groups = moe ? config.n_routed_experts + config.n_shared_experts : 1;
+  const int groups = moe ? experts.count + config.n_shared_experts : 1;
   layer.mlp.width = moe ? config.moe_intermediate_size : config.intermediate_size;
   layer.mlp.gate_up = TakeMatrix(dims, groups, 2 * layer.mlp.width, dims.hidden, carver);
   layer.mlp.down = TakeMatrix(dims, groups, dims.hidden, layer.mlp.width, carver);
@@ -207,8 +207,8 @@ class CopyPlanner {
   std::vector<WeightCopy> copies_;
 };
 
-void PlanLayer(const ModelConfig& config, const Dims& dims, bool moe, const LayerWeights& stored,
-               const GpuLayer& layer, CopyPlanner& plan) {
+void PlanLayer(const ModelConfig& config, const Dims& dims, const ExpertRange& experts, bool moe,
+               const LayerWeights& stored, const GpuLayer& layer, CopyPlanner& plan) {
   plan.Whole(stored.input_layernorm, layer.input_layernorm);
   const LinearWeight& q_a = config.q_lora_rank ? stored.q_a_proj : stored.q_proj;
   plan.Linear(q_a, layer.qkv_a);
@@ -224,11 +224,10 @@ void PlanLayer(const ModelConfig& config, const Dims& dims, bool moe, const Laye
   plan.Linear(stored.o_proj, layer.o);
   plan.Whole(stored.post_attention_layernorm, layer.post_attention_layernorm);
   if (!moe) return plan.Mlp(stored.mlp, layer.mlp, 0);
-  for (int64_t i = 0; i < config.n_routed_experts; ++i) {
-    plan.Mlp(stored.moe.experts[i], layer.mlp, i);
+  for (int32_t i = 0; i < experts.count; ++i) {
+    plan.Mlp(stored.moe.experts[experts.first + i], layer.mlp, i);
   }
-  plan.SharedExperts(stored.moe.shared_experts, layer.mlp, config.n_routed_experts,
-                     config.n_shared_experts);
+  plan.SharedExperts(stored.moe.shared_experts, layer.mlp, experts.count, config.n_shared_experts);
   if (layer.gate_f32 != nullptr) {
     plan.Whole(stored.moe.gate, layer.gate_f32);
   } else {
@@ -240,15 +239,17 @@ void PlanLayer(const ModelConfig& config, const Dims& dims, bool moe, const Laye
 }  // namespace
 
 GpuWeights LayOutWeights(const ModelConfig& config, int32_t max_model_len,
-                         const ModelWeights* stored, Carver& carver) {
+                         const ModelWeights* stored, Carver& carver, const Placement& placement) {
   const Dims dims(config);
+  const ExpertRange experts = placement.Experts(config.n_routed_experts);
   GpuWeights weights;
   const size_t vocabulary = size_t(config.vocab_size) * size_t(dims.hidden);
   weights.embed_tokens = carver.Take<__nv_bfloat16>(vocabulary);
   for (int32_t i = 0; i < config.num_hidden_layers; ++i) {
     const bool gate_f32 = stored == nullptr ? config.dtype_bytes == 4
                                             : stored->layers[i].moe.gate.dtype == DType::kF32;
-    weights.layers.push_back(TakeLayer(config, dims, config.is_moe_layer(i), gate_f32, carver));
+    weights.layers.push_back(
+        TakeLayer(config, dims, experts, config.is_moe_layer(i), gate_f32, carver));
   }
   weights.norm = carver.Take<float>(dims.hidden);
   weights.lm_head =
@@ -261,12 +262,13 @@ GpuWeights LayOutWeights(const ModelConfig& config, int32_t max_model_len,
 }
 
 std::vector<WeightCopy> PlanCopies(const ModelConfig& config, const ModelWeights& stored,
-                                   const GpuWeights& gpu) {
+                                   const GpuWeights& gpu, const Placement& placement) {
   const Dims dims(config);
+  const ExpertRange experts = placement.Experts(config.n_routed_experts);
   CopyPlanner plan;
   plan.Whole(stored.embed_tokens, gpu.embed_tokens);
   for (int32_t i = 0; i < config.num_hidden_layers; ++i) {
-    PlanLayer(config, dims, config.is_moe_layer(i), stored.layers[i], gpu.layers[i], plan);
+    PlanLayer(config, dims, experts, config.is_moe_layer(i), stored.layers[i], gpu.layers[i], plan);
   }
   plan.Whole(stored.norm, gpu.norm);
   if (!config.tie_word_embeddings) plan.Whole(stored.lm_head, gpu.lm_head);

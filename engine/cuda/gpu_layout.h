@@ -7,6 +7,7 @@
 
 #include "engine/cuda/gpu_weights.h"
 #include "engine/model/config.h"
+#include "engine/model/placement.h"
 #include "engine/model/weights.h"
 
 namespace latentd {
@@ -15,9 +16,11 @@ namespace latentd {
 // and addresses of the GPU are never followed.
 
 // All pointers and shapes of GpuWeights; `memory` is the caller's to fill. Routers have the type
-// that they are stored in, or config.json's dtype without `stored`.
+// that they are stored in, or config.json's dtype without `stored`. A rank has room for the experts
+// of its placement alone.
 GpuWeights LayOutWeights(const ModelConfig& config, int32_t max_model_len,
-                         const ModelWeights* stored, Carver& carver);
+                         const ModelWeights* stored, Carver& carver,
+                         const Placement& placement = {});
 
 // A rectangle of a stored matrix and its place. Its rows come in blocks, of which either side may
 // have others in between: block b begins at row `row_begin + b * source_block_rows` of the source
@@ -48,7 +51,7 @@ struct WeightCopy {
 // but must stay where they are. Bytes that no copy writes (paddings of scales) are to be zero; the
 // RoPE tables are not among them.
 std::vector<WeightCopy> PlanCopies(const ModelConfig& config, const ModelWeights& stored,
-                                   const GpuWeights& gpu);
+                                   const GpuWeights& gpu, const Placement& placement = {});
 
 }  // namespace latentd
 

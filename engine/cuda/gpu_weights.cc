@@ -65,9 +65,12 @@ absl::Status CheckRouter(const ModelConfig& config) {
 // An FP8 model's projections are FP8, every one; kv_b_proj is dequantised anyway.
 class TypeChecker : public WeightVisitor {
  public:
-  explicit TypeChecker(bool fp8) : fp8_(fp8) {}
+  TypeChecker(const ModelConfig& config, const Placement& placement)
+      : fp8_(config.quantization.has_value()),
+        experts_(placement.Experts(config.n_routed_experts)) {}
   void Tensor(const TensorSpec&, TensorView&) override {}
   void Linear(const TensorSpec& spec, LinearWeight& linear) override {
+    if (!Holds(experts_, spec)) return;  // it has no view
     const bool fp8 = linear.weight.dtype == DType::kF8E4M3;
     if (fp8 == fp8_ || !status_.ok() || spec.name.ends_with(".kv_b_proj.weight")) return;
     status_ = absl::UnimplementedError(absl::StrCat(
@@ -79,6 +82,7 @@ class TypeChecker : public WeightVisitor {
 
  private:
   const bool fp8_;
+  const ExpertRange experts_;
   absl::Status status_;
 };
 
@@ -133,16 +137,18 @@ absl::Status CheckCudaSupports(const ModelConfig& config) {
   return absl::OkStatus();
 }
 
-uint64_t GpuWeightBytes(const ModelConfig& config, int32_t max_model_len) {
+uint64_t GpuWeightBytes(const ModelConfig& config, int32_t max_model_len,
+                        const Placement& placement) {
   Carver counter(nullptr);
-  LayOutWeights(config, max_model_len, /*stored=*/nullptr, counter);
+  LayOutWeights(config, max_model_len, /*stored=*/nullptr, counter, placement);
   return counter.used();
 }
 
 absl::StatusOr<std::unique_ptr<GpuWeights>> LoadGpuWeights(const ModelConfig& config,
                                                            const std::filesystem::path& dir,
                                                            LoadFormat format, int32_t max_model_len,
-                                                           const LoadProgress& progress) {
+                                                           const LoadProgress& progress,
+                                                           const Placement& placement) {
   RETURN_IF_ERROR(CheckCudaSupports(config));
   LATENTD_CHECK(max_model_len > 0);
   MappedWeights mapped;
@@ -150,8 +156,8 @@ absl::StatusOr<std::unique_ptr<GpuWeights>> LoadGpuWeights(const ModelConfig& co
   if (format == LoadFormat::kDummy) {
     dummies = PlanDummyWeights(config, mapped.weights);
   } else {
-    ASSIGN_OR_RETURN(mapped, MapWeights(config, dir));
-    TypeChecker checker(config.quantization.has_value());
+    ASSIGN_OR_RETURN(mapped, MapWeights(config, dir, placement));
+    TypeChecker checker(config, placement);
     ModelWeights visited = mapped.weights;
     VisitWeights(config, visited, checker);
     RETURN_IF_ERROR(checker.status());
@@ -161,17 +167,17 @@ absl::StatusOr<std::unique_ptr<GpuWeights>> LoadGpuWeights(const ModelConfig& co
   std::future<Rope> rope =
       std::async(std::launch::async, [&] { return Rope(config, max_model_len); });
   Carver counter(nullptr);
-  LayOutWeights(config, max_model_len, &mapped.weights, counter);
+  LayOutWeights(config, max_model_len, &mapped.weights, counter, placement);
   ASSIGN_OR_RETURN(DeviceMemory memory, DeviceMemory::Allocate(counter.used()));
   // Copies leave out the paddings of scales, which products read.
   RETURN_IF_CUDA_ERROR(cudaMemset(memory.data(), 0, memory.bytes()));
   RETURN_IF_CUDA_ERROR(cudaDeviceSynchronize());
   Carver carver(memory.data());
-  auto weights =
-      std::make_unique<GpuWeights>(LayOutWeights(config, max_model_len, &mapped.weights, carver));
+  auto weights = std::make_unique<GpuWeights>(
+      LayOutWeights(config, max_model_len, &mapped.weights, carver, placement));
   weights->memory = std::move(memory);
 
-  const std::vector<WeightCopy> copies = PlanCopies(config, mapped.weights, *weights);
+  const std::vector<WeightCopy> copies = PlanCopies(config, mapped.weights, *weights, placement);
   RETURN_IF_ERROR(format == LoadFormat::kDummy ? MakeOnGpu(dummies, copies, progress)
                                                : CopyToGpu(*mapped.checkpoint, copies, progress));
   RETURN_IF_ERROR(UploadRope(rope.get(), weights->rope));

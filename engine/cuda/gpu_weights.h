@@ -11,6 +11,7 @@
 #include "engine/cuda/kernels/mla_projection.h"
 #include "engine/cuda/kernels/tensors.h"
 #include "engine/model/config.h"
+#include "engine/model/placement.h"
 #include "engine/model/weights.h"
 
 namespace latentd {
@@ -38,7 +39,7 @@ struct GpuLayer {
   WeightMatrix o;                                   // [hidden_size, num_heads * 128]
   const float* post_attention_layernorm = nullptr;  // [hidden_size]
 
-  // Dense layers: one group, width intermediate_size. The others: the routed experts, then
+  // Dense layers: one group, width intermediate_size. The others: the rank's routed experts, then
   // n_shared_experts groups that the shared MLP is cut into, all of width moe_intermediate_size.
   GpuMlp mlp;
   const __nv_bfloat16* gate_bf16 =
@@ -66,7 +67,8 @@ absl::Status CheckCudaSupports(const ModelConfig& config);
 
 // Bytes that GpuWeights::memory takes. A router that a checkpoint stores wider than config.json's
 // dtype says takes its own size.
-uint64_t GpuWeightBytes(const ModelConfig& config, int32_t max_model_len);
+uint64_t GpuWeightBytes(const ModelConfig& config, int32_t max_model_len,
+                        const Placement& placement = {});
 
 // Copies each tensor from the checkpoint's files to the current device once, through pinned buffers
 // and several threads; or makes random ones on the GPU (kDummy): those of MakeDummyWeights(), bit
@@ -76,7 +78,8 @@ uint64_t GpuWeightBytes(const ModelConfig& config, int32_t max_model_len);
 absl::StatusOr<std::unique_ptr<GpuWeights>> LoadGpuWeights(const ModelConfig& config,
                                                            const std::filesystem::path& dir,
                                                            LoadFormat format, int32_t max_model_len,
-                                                           const LoadProgress& progress);
+                                                           const LoadProgress& progress,
+                                                           const Placement& placement = {});
 
 }  // namespace latentd
 

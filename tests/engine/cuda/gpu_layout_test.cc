@@ -25,17 +25,18 @@ struct HostWeights {
   GpuWeights weights;
 };
 
-HostWeights LoadToHost(const ModelConfig& config, const MappedWeights& mapped, size_t piece_bytes) {
+HostWeights LoadToHost(const ModelConfig& config, const MappedWeights& mapped, size_t piece_bytes,
+                       const Placement& placement = {}) {
   HostWeights host;
   Carver counter(nullptr);
-  LayOutWeights(config, kMaxModelLen, &mapped.weights, counter);
+  LayOutWeights(config, kMaxModelLen, &mapped.weights, counter, placement);
   host.memory.resize(counter.used());
   Carver carver(host.memory.data());
-  host.weights = LayOutWeights(config, kMaxModelLen, &mapped.weights, carver);
+  host.weights = LayOutWeights(config, kMaxModelLen, &mapped.weights, carver, placement);
   const ReadBytes read = [&](const std::byte* begin, size_t size, std::byte* out) {
     return mapped.checkpoint->Read(begin, size, out);
   };
-  for (const WeightCopy& copy : PlanCopies(config, mapped.weights, host.weights)) {
+  for (const WeightCopy& copy : PlanCopies(config, mapped.weights, host.weights, placement)) {
     const int64_t step = PieceRows(copy, piece_bytes);
     for (int64_t begin = 0; begin < copy.num_rows; begin += step) {
       const int64_t end = std::min(begin + step, copy.num_rows);
@@ -81,6 +82,60 @@ TEST_P(LayoutTest, EveryElementHasItsPlace) {
 
 INSTANTIATE_TEST_SUITE_P(Models, LayoutTest, testing::ValuesIn(kLayoutCases),
                          [](const auto& info) { return info.param.name; });
+
+template <typename T>
+bool SameBytes(const T* a, const T* b, int64_t count) {
+  return (a == nullptr && b == nullptr) ||
+         std::memcmp(a, b, static_cast<size_t>(count) * sizeof(T)) == 0;
+}
+
+// Whether groups [first, first + count) of `part` are those of `whole` from `from` on.
+bool SameGroups(const WeightMatrix& part, int first, int count, const WeightMatrix& whole,
+                int from) {
+  const int64_t elements = int64_t{part.n} * part.k;
+  const int64_t scales = int64_t{(part.n + 127) / 128} * part.scale_stride;
+  if (part.is_fp8()) {
+    return SameBytes(part.fp8 + first * elements, whole.fp8 + from * elements, count * elements) &&
+           SameBytes(part.scales + first * scales, whole.scales + from * scales, count * scales);
+  }
+  return SameBytes(part.bf16 + first * elements, whole.bf16 + from * elements, count * elements);
+}
+
+// Of the routed experts its own, of everything else all; some ranks of 20 have none.
+TEST(LayoutTest, ARankHasItsExperts) {
+  for (const char* changes : {"{}", R"({"quantization_config": null, "n_shared_experts": 2})"}) {
+    const TinyCheckpoint checkpoint = RandomCheckpoint(SmallConfig(nlohmann::json::parse(changes)));
+    TempDir dir;
+    checkpoint.Save(dir.path());
+    const ModelConfig config = Parse(checkpoint.config);
+    const auto all = MapWeights(config, dir.path());
+    ASSERT_TRUE(all.ok()) << all.status();
+    const HostWeights whole = LoadToHost(config, *all, 1 << 20);
+    for (const int32_t world_size : {1, 2, 3, 16, 20}) {
+      for (int32_t rank = 0; rank < world_size; ++rank) {
+        SCOPED_TRACE(testing::Message() << "rank " << rank << " of " << world_size);
+        const Placement placement{.rank = rank, .world_size = world_size};
+        const auto mapped = MapWeights(config, dir.path(), placement);
+        ASSERT_TRUE(mapped.ok()) << mapped.status();
+        const HostWeights host = LoadToHost(config, *mapped, 1 << 20, placement);
+        EXPECT_EQ(host.memory.size(), GpuWeightBytes(config, kMaxModelLen, placement));
+        const ExpertRange experts = placement.Experts(config.n_routed_experts);
+        const GpuMlp &part = host.weights.layers[1].mlp, &full = whole.weights.layers[1].mlp;
+        ASSERT_EQ(part.gate_up.num_groups, experts.count + config.n_shared_experts);
+        EXPECT_TRUE(SameGroups(part.gate_up, 0, experts.count, full.gate_up, experts.first));
+        EXPECT_TRUE(SameGroups(part.down, 0, experts.count, full.down, experts.first));
+        EXPECT_TRUE(SameGroups(part.gate_up, experts.count, config.n_shared_experts, full.gate_up,
+                               config.n_routed_experts));
+        EXPECT_TRUE(SameGroups(part.down, experts.count, config.n_shared_experts, full.down,
+                               config.n_routed_experts));
+        EXPECT_TRUE(SameBytes(host.weights.layers[1].gate_bf16, whole.weights.layers[1].gate_bf16,
+                              int64_t{config.n_routed_experts} * config.hidden_size));
+        EXPECT_TRUE(
+            SameGroups(host.weights.layers[0].mlp.down, 0, 1, whole.weights.layers[0].mlp.down, 0));
+      }
+    }
+  }
+}
 
 void ExpectLaidOut(const std::filesystem::path& dir) {
   const auto config = LoadModelConfig(dir);
