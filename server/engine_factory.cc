@@ -52,13 +52,29 @@ absl::StatusOr<std::unique_ptr<CpuEngine>> MakeCpuEngine(
 
 #ifdef LATENTD_HAVE_CUDA
 CudaEngineOptions CudaOptions(const EngineSettings& settings) {
-  return {.device = settings.device,
-          .num_blocks = settings.num_blocks,
-          .max_step_tokens = settings.max_step_tokens,
-          .max_sequences = settings.max_sequences,
-          .max_model_len = settings.max_model_len,
-          .max_graph_sequences = settings.max_graph_sequences,
-          .batch_invariant = settings.batch_invariant};
+  CudaEngineOptions options{.device = settings.device,
+                            .num_blocks = settings.num_blocks,
+                            .max_step_tokens = settings.max_step_tokens,
+                            .max_sequences = settings.max_sequences,
+                            .max_model_len = settings.max_model_len,
+                            .max_graph_sequences = settings.max_graph_sequences,
+                            .batch_invariant = settings.batch_invariant};
+  if (settings.world_size > 1) {
+    options.placement = Placement{.rank = settings.rank, .world_size = settings.world_size};
+  }
+  return options;
+}
+
+absl::StatusOr<std::unique_ptr<CudaEngine>> MakeCudaEngine(const ModelConfig& model,
+                                                           const std::filesystem::path& dir,
+                                                           LoadFormat format,
+                                                           const CudaEngineOptions& options,
+                                                           LoadListener* listener) {
+  listener->OnPhase("weights");
+  return CudaEngine::Create(
+      model, dir, format, options,
+      [listener](const CudaMemoryPlan& plan) { listener->OnPlan(plan.ToString()); },
+      [listener](uint64_t done, uint64_t total) { listener->OnProgress(done, total); });
 }
 #else
 absl::Status NoCuda() {
@@ -118,15 +134,12 @@ absl::StatusOr<std::unique_ptr<Engine>> MakeEngine(const ModelConfig& model,
                                                    LoadFormat format,
                                                    const EngineSettings& settings,
                                                    LoadListener* listener) {
-  listener->OnPhase("weights");
   if (settings.kind == EngineKind::kCpu) {
+    listener->OnPhase("weights");
     return MakeCpuEngine(model, dir, format, settings, listener, nullptr);
   }
 #ifdef LATENTD_HAVE_CUDA
-  return CudaEngine::Create(
-      model, dir, format, CudaOptions(settings),
-      [listener](const CudaMemoryPlan& plan) { listener->OnPlan(plan.ToString()); },
-      [listener](uint64_t done, uint64_t total) { listener->OnProgress(done, total); });
+  return MakeCudaEngine(model, dir, format, CudaOptions(settings), listener);
 #else
   return NoCuda();
 #endif
@@ -144,15 +157,13 @@ absl::StatusOr<std::unique_ptr<GroupMember>> MakeGroupMember(const ModelConfig& 
     listener->OnPhase("weights");
     return MakeCpuEngine(model, dir, format, settings, listener, std::move(transport));
   }
-  ASSIGN_OR_RETURN(std::unique_ptr<Engine> engine,
-                   MakeEngine(model, dir, format, settings, listener));
-  auto* member = dynamic_cast<GroupMember*>(engine.get());
-  if (member == nullptr) {
-    return absl::UnimplementedError(absl::StrCat("the ", std::string(EngineName(settings.kind)),
-                                                 " engine cannot be a rank of a group"));
-  }
-  engine.release();
-  return std::unique_ptr<GroupMember>(member);
+#ifdef LATENTD_HAVE_CUDA
+  CudaEngineOptions options = CudaOptions(settings);
+  options.placement = Placement{.rank = settings.rank, .world_size = settings.world_size};
+  return MakeCudaEngine(model, dir, format, options, listener);
+#else
+  return NoCuda();
+#endif
 }
 
 absl::StatusOr<std::vector<KernelFamily>> ProfileStep([[maybe_unused]] Engine* engine,

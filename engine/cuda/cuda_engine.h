@@ -5,13 +5,16 @@
 #include <filesystem>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "engine/engine.h"
+#include "engine/cuda/gpu_exchange.h"
+#include "engine/group_member.h"
 #include "engine/model/config.h"
+#include "engine/model/placement.h"
 #include "engine/model/weights.h"
 #include "engine/trace_sink.h"
 
@@ -19,7 +22,6 @@ namespace latentd {
 
 struct CudaEngineOptions {
   int32_t device = 0;
-  int32_t rank = 0;                // named in errors
   int32_t num_blocks = 0;          // KV cache blocks; 0: all that fit beside the rest
   int32_t max_step_tokens = 8192;  // >= 1
   int32_t max_sequences = 256;     // >= 1
@@ -27,7 +29,11 @@ struct CudaEngineOptions {
   int32_t max_graph_sequences =
       256;  // decode steps of up to so many sequences run as captured graphs; 0: none
   bool batch_invariant = false;  // a sequence's tokens do not depend on the others; slower (README)
-  TraceSink* trace = nullptr;    // for tests: steps run without graphs and report their tensors
+  // A rank of an expert-parallel group: the engine loads its share of the experts, and Execute()
+  // needs a Join() first. nullopt: the model is alone.
+  std::optional<Placement> placement = std::nullopt;
+  ExchangeFactory exchanges = nullptr;  // of a rank of a group; nullptr: NcclExchanges()
+  TraceSink* trace = nullptr;  // for tests: steps run without graphs and report their tensors
 };
 
 // What the engine takes of the GPU's memory, in bytes.
@@ -53,12 +59,17 @@ absl::StatusOr<CudaMemoryPlan> PlanCudaMemory(const ModelConfig& config,
                                               const CudaEngineOptions& options,
                                               uint64_t memory_bytes);
 
-// One rank of the model on a Hopper GPU. StepResult::device is always there.
+// The model, or one rank of it, on a Hopper GPU. StepResult::device is always there.
+//
+// A rank of a group (CudaEngineOptions::placement) gives, as GroupMember says, a share of each
+// plan: StepPlan::shape alone decides what all ranks exchange, so it has to be the same for all of
+// them. An error of a step that is not a sequence's own takes the rank out of the group: its peers
+// are in the middle of the step. Join() captures the graphs again and keeps the weights.
 //
 // Execute() fails with UNAVAILABLE, naming rank and call, when CUDA does; with INTERNAL, naming the
 // sequence, for a logit that is not finite; with INVALID_ARGUMENT for a plan that PlanCheck refuses
 // or that has more suppressed tokens than max(vocab_size, 256 * max_sequences).
-class CudaEngine : public Engine {
+class CudaEngine : public GroupMember {
  public:
   // Called once, before anything large is allocated.
   using OnPlan = std::function<void(const CudaMemoryPlan&)>;

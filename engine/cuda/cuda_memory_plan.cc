@@ -21,9 +21,12 @@ namespace {
 // The kernels' code and stacks, cuBLASLt's own memory, and what the driver rounds up: a good part
 // of it is taken after the plan is made.
 constexpr uint64_t kReserveBytes = uint64_t{512} << 20;
+// What NCCL takes for the channels to the other ranks: an estimate.
+constexpr uint64_t kNcclBytes = uint64_t{1} << 30;
 // Options beyond these are mistakes.
 constexpr int32_t kMaxStepTokens = 1 << 18;
 constexpr int32_t kMaxSequences = 1 << 14;
+constexpr int32_t kMaxRanks = 1 << 10;
 
 absl::Status CheckOption(const char* name, int64_t value, int64_t lowest, int64_t highest) {
   if (value < lowest)
@@ -45,6 +48,9 @@ absl::Status CheckCudaOptions(const ModelConfig& config, const CudaEngineOptions
   RETURN_IF_ERROR(CheckOption("max_sequences", options.max_sequences, 1, kMaxSequences));
   RETURN_IF_ERROR(CheckOption("max_graph_sequences", options.max_graph_sequences, 0, kAny));
   RETURN_IF_ERROR(CheckOption("max_model_len", options.max_model_len, 0, kAny));
+  const Placement placement = PlacementOf(options);
+  RETURN_IF_ERROR(CheckOption("world_size", placement.world_size, 1, kMaxRanks));
+  RETURN_IF_ERROR(CheckOption("rank", placement.rank, 0, placement.world_size - 1));
   if (options.max_model_len <= config.max_position_embeddings) return absl::OkStatus();
   return absl::InvalidArgumentError(absl::StrCat("max_model_len: ", options.max_model_len,
                                                  "; the model's max_position_embeddings is ",
@@ -68,7 +74,7 @@ absl::StatusOr<CudaMemoryPlan> PlanCudaMemory(const ModelConfig& config,
   const int32_t max_model_len = MaxModelLen(config, options);
   const StepLimits limits = MakeStepLimits(config, options, max_model_len);
   CudaMemoryPlan plan;
-  plan.weights = GpuWeightBytes(config, max_model_len);
+  plan.weights = GpuWeightBytes(config, max_model_len, PlacementOf(options));
   Carver carver(nullptr);
   CarveStepBuffers(config, limits, kMaxMultiprocessors, carver);
   plan.workspace =
@@ -76,7 +82,7 @@ absl::StatusOr<CudaMemoryPlan> PlanCudaMemory(const ModelConfig& config,
       StepInput::DeviceBytes(limits, DecodePlannerOptions(config, limits, kMaxMultiprocessors));
   plan.graphs =
       GraphSizes(MaxGraphSequences(options)).size() * EstimatedGraphBytes(config.num_hidden_layers);
-  plan.reserve = kReserveBytes;
+  plan.reserve = kReserveBytes + (limits.world_size > 1 ? kNcclBytes : 0);
   plan.cache_per_block = uint64_t{2} * config.num_hidden_layers * kBlockSize * config.latent_dim();
 
   const uint64_t fixed = plan.total();

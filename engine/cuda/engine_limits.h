@@ -6,6 +6,7 @@
 #include "absl/status/status.h"
 #include "engine/cuda/cuda_engine.h"
 #include "engine/model/config.h"
+#include "engine/model/placement.h"
 
 namespace latentd {
 
@@ -18,6 +19,9 @@ absl::Status CheckCudaOptions(const ModelConfig& config, const CudaEngineOptions
 // What the options' zeros and limits come to.
 int32_t MaxModelLen(const ModelConfig& config, const CudaEngineOptions& options);
 int32_t MaxGraphSequences(const CudaEngineOptions& options);
+inline Placement PlacementOf(const CudaEngineOptions& options) {
+  return options.placement.value_or(Placement{});
+}
 
 }  // namespace latentd
 

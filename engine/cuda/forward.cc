@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "engine/cuda/cuda_status.h"
+#include "engine/cuda/group_experts.h"
 #include "engine/cuda/kernels/fp8_gemm.h"
 #include "engine/cuda/kernels/mla_decode.h"
 #include "engine/cuda/kernels/mla_projection.h"
@@ -28,11 +29,12 @@ constexpr int kInvariantLogitRows = 64;
 int64_t WholeTiles(int64_t rows) { return (rows + kRowTile - 1) / kRowTile * kRowTile; }
 
 // The buffers with the scales of a shape's rows close together, as cuBLASLt wants them.
-StepBuffers Packed(StepBuffers buffers, const StepShape& shape) {
+StepBuffers Packed(const CudaForward::Parts& parts, const StepShape& shape) {
+  StepBuffers buffers = *parts.buffers;
   for (LinearInput* input : {&buffers.x, &buffers.q_a, &buffers.attention_out})
     input->fp8.scale_stride = WholeTiles(shape.rows);
-  buffers.gathered.fp8.scale_stride =
-      WholeTiles(int64_t{shape.piece_tokens} * buffers.routing.num_choices);
+  buffers.gathered.fp8.scale_stride = WholeTiles(
+      MaxExpertRows(*parts.config, parts.group.placement.world_size, shape.piece_tokens));
   return buffers;
 }
 
@@ -43,7 +45,7 @@ class Pass {
        const StepArrays& input, const CudaForward::Watch& watch, cudaStream_t stream)
       : config_(*parts.config),
         weights_(*parts.weights),
-        buffers_(Packed(*parts.buffers, shape)),
+        buffers_(Packed(parts, shape)),
         parts_(parts),
         softmax_scale_(softmax_scale),
         power_of_two_scales_(config_.quantization && config_.quantization->power_of_two_scales),
@@ -55,11 +57,13 @@ class Pass {
   absl::Status Run(const CudaForward::Layers& layers, int32_t* sampled);
 
  private:
-  // Tokens [begin, begin + rows), whose MLPs are computed together.
+  // Tokens [begin, begin + rows), whose MLPs are computed together. In a group all ranks send
+  // exchange_rows, of which `rows` are this rank's and the others padding.
   struct Piece {
     int index = 0;
     int begin = 0;
     int rows = 0;
+    int exchange_rows = 0;
   };
 
   // Rows times one matrix, or a group of them, by our own kernels.
@@ -68,6 +72,7 @@ class Pass {
     LinearInput x;
     int rows = 0;
     const int32_t* group_offsets = nullptr;
+    int rows_per_group = 0;  // about; 0: as many as there is room for
     bool swiglu = false;
     __nv_bfloat16* out = nullptr;
     std::string_view family;
@@ -78,10 +83,13 @@ class Pass {
   absl::Status ProjectQueriesAndKeys(int layer);
   absl::Status AttendAbsorbed(int layer);
   absl::Status AttendExpanded(int layer);
-  absl::Status NormBeforeMlp(int layer);
+  absl::Status NormBeforeMlp(int layer, const Piece& piece);
   absl::Status RunMlp(int layer, const Piece& piece);
   absl::Status RunDense(const GpuLayer& layer, const Piece& piece);
-  absl::Status RunExperts(int layer_index, const Piece& piece);
+  absl::Status RunExperts(int layer, const Piece& piece);
+  absl::Status RunGroupExperts(int layer, const Piece& piece);
+  absl::Status Route(int layer, const Piece& piece, const LinearInput& x, MoeRouting routing);
+  absl::Status ComputeExperts(const GpuLayer& layer, int rows, int rows_per_expert);
   absl::Status RunGrouped(const Product& product);
   absl::Status Quantize(int columns, int rows, const int32_t* rows_device, const LinearInput& out,
                         std::string_view family);
@@ -113,6 +121,12 @@ class Pass {
   __nv_bfloat16* cache(int layer) const {
     return parts_.cache + int64_t{layer} * parts_.num_blocks * kBlockSize * config_.latent_dim();
   }
+  GroupExperts Group(const Piece& piece) const {
+    return GroupExperts(config_, buffers_, parts_.group, piece.exchange_rows, stream_);
+  }
+  bool in_group(int layer) const {
+    return parts_.group.exchange != nullptr && config_.is_moe_layer(layer);
+  }
   bool is_last(int layer) const { return layer + 1 == config_.num_hidden_layers; }
   bool fp8() const { return config_.quantization.has_value(); }
 
@@ -132,11 +146,13 @@ absl::Status Pass::Run(const CudaForward::Layers& layers, int32_t* sampled) {
   if (watch_.timer != nullptr) RETURN_IF_ERROR(watch_.timer->Begin(stream_));
   if (layers.begin == 0) RETURN_IF_ERROR(Embed());
   for (int layer = layers.begin; layer < layers.end; ++layer) {
-    RETURN_IF_ERROR(Attend(layer));
-    RETURN_IF_ERROR(NormBeforeMlp(layer));
+    if (shape_.rows > 0) RETURN_IF_ERROR(Attend(layer));
+    if (!in_group(layer)) RETURN_IF_ERROR(NormBeforeMlp(layer, {0, 0, shape_.rows}));
     for (int i = 0; i < shape_.pieces(); ++i) {
       const int begin = i * shape_.piece_tokens;
-      const Piece piece{i, begin, std::min(shape_.piece_tokens, shape_.rows - begin)};
+      const Piece piece{i, begin, std::clamp(shape_.rows - begin, 0, shape_.piece_tokens),
+                        std::min(shape_.piece_tokens, shape_.exchange_rows - begin)};
+      if (in_group(layer)) RETURN_IF_ERROR(NormBeforeMlp(layer, piece));
       RETURN_IF_ERROR(RunMlp(layer, piece));
       RETURN_IF_ERROR(NormAfterMlp(layer, piece));
     }
@@ -172,17 +188,22 @@ absl::Status Pass::Embed() {
   return watch_.trace->Embedding(buffers_.residual, config_.hidden_size);
 }
 
-absl::Status Pass::NormBeforeMlp(int layer) {
-  AddNormArgs args = Norm(weights_.layers[layer].post_attention_layernorm, {0, 0, shape_.rows});
-  args.delta = buffers_.delta;
+absl::Status Pass::NormBeforeMlp(int layer, const Piece& piece) {
+  AddNormArgs args = Norm(weights_.layers[layer].post_attention_layernorm, piece);
+  args.delta = buffers_.delta + int64_t{piece.begin} * config_.hidden_size;
   if (fp8() && !config_.is_moe_layer(layer)) args.out.bf16 = nullptr;
+  if (in_group(layer)) {
+    const LinearInput own = Group(piece).own().x;
+    if (fp8()) args.out.fp8 = own.fp8;
+    if (!fp8()) args.out.bf16 = own.bf16;
+  }
   RETURN_IF_ERROR(Done(AddNorm(args, stream_), "AddNorm", kNorm));
   if (watch_.trace == nullptr) return absl::OkStatus();
-  return watch_.trace->BeforeMlp(buffers_.residual, config_.hidden_size);
+  return watch_.trace->BeforeMlp(buffers_.residual, config_.hidden_size, piece.begin, piece.rows);
 }
 
 void Pass::AddMlp(int layer, const Piece& piece, AddNormArgs& args) const {
-  if (config_.is_moe_layer(layer)) {
+  if (config_.is_moe_layer(layer) && !in_group(layer)) {
     args.expert_out = buffers_.expert_out;
     args.routing = buffers_.routing;
   } else {
@@ -322,6 +343,8 @@ absl::Status Pass::AttendExpanded(int layer) {
 // ----------------------------------------------------------------------------------------
 
 absl::Status Pass::RunMlp(int layer, const Piece& piece) {
+  if (in_group(layer)) return RunGroupExperts(layer, piece);
+  if (piece.rows == 0) return absl::OkStatus();
   return config_.is_moe_layer(layer) ? RunExperts(layer, piece)
                                      : RunDense(weights_.layers[layer], piece);
 }
@@ -341,14 +364,46 @@ absl::Status Pass::RunDense(const GpuLayer& layer, const Piece& piece) {
                 buffers_.delta + int64_t{piece.begin} * config_.hidden_size, kDense);
 }
 
-absl::Status Pass::RunExperts(int layer_index, const Piece& piece) {
-  const GpuLayer& layer = weights_.layers[layer_index];
+absl::Status Pass::RunExperts(int layer, const Piece& piece) {
   const LinearInput x = RowsFrom(buffers_.x, piece.begin, config_.hidden_size);
-  const int groups = config_.n_routed_experts + config_.n_shared_experts;
+  RETURN_IF_ERROR(Route(layer, piece, x, buffers_.routing));
   const int rows = piece.rows * buffers_.routing.num_choices;
+  GatherArgs gather;
+  gather.routing = buffers_.routing;
+  gather.num_groups = config_.n_routed_experts + config_.n_shared_experts;
+  gather.max_rows = rows;
+  gather.hidden_size = config_.hidden_size;
+  gather.x = x;
+  if (fp8()) gather.x.bf16 = nullptr;
+  gather.out = buffers_.gathered;
+  RETURN_IF_ERROR(Done(GatherRows(gather, stream_), "GatherRows", kRouter));
+  return ComputeExperts(weights_.layers[layer], rows, /*rows_per_expert=*/0);
+}
 
+absl::Status Pass::RunGroupExperts(int layer, const Piece& piece) {
+  const GroupExperts group = Group(piece);
+  LinearInput x = RowsFrom(buffers_.x, piece.begin, config_.hidden_size);
+  if (!fp8()) x = group.own().x;
+  RETURN_IF_ERROR(Route(layer, piece, x, group.own_choices()));
+  RETURN_IF_ERROR(Done(group.Dispatch(), kDispatch));
+  RETURN_IF_ERROR(Done(group.RouteRows(input_.num_real_tokens + piece.index), kRouter));
+  const GatherArgs gather = group.Gather();
+  if (gather.num_groups > 0) {
+    RETURN_IF_ERROR(Done(GatherRows(gather, stream_), "GatherRows", kRouter));
+    RETURN_IF_ERROR(
+        ComputeExperts(weights_.layers[layer], group.max_rows(), group.rows_per_expert()));
+  }
+  RETURN_IF_ERROR(Done(group.SumRows(), kCombine));
+  return Done(group.Combine(buffers_.delta + int64_t{piece.begin} * config_.hidden_size), kCombine);
+}
+
+// Which experts a piece's tokens take; in a group those of its padding too.
+absl::Status Pass::Route(int layer_index, const Piece& piece, const LinearInput& x,
+                         MoeRouting routing) {
+  const GpuLayer& layer = weights_.layers[layer_index];
+  const bool alone = !in_group(layer_index);
   RouterArgs router;
-  router.num_tokens = piece.rows;
+  router.num_tokens = alone ? piece.rows : piece.exchange_rows;
   router.num_real_tokens = input_.num_real_tokens + piece.index;
   router.hidden_size = config_.hidden_size;
   router.x = x.bf16;
@@ -362,26 +417,19 @@ absl::Status Pass::RunExperts(int layer_index, const Piece& piece) {
   router.norm_topk_prob = config_.norm_topk_prob;
   router.routed_scaling_factor = config_.routed_scaling_factor;
   router.first_expert = 0;
-  router.num_local_experts = config_.n_routed_experts;
-  router.num_shared = config_.n_shared_experts;
+  router.num_local_experts = alone ? config_.n_routed_experts : 0;
+  router.num_shared = alone ? config_.n_shared_experts : 0;
   router.workspace = buffers_.router_workspace;
-  router.routing = buffers_.routing;
+  router.routing = routing;
   RETURN_IF_ERROR(Done(RouteTokens(router, stream_), "RouteTokens", kRouter));
-  if (watch_.trace != nullptr) {
-    RETURN_IF_ERROR(watch_.trace->Experts(layer_index, buffers_.routing, piece.begin, piece.rows,
-                                          config_.num_experts_per_tok));
-  }
+  if (watch_.trace == nullptr || piece.rows == 0) return absl::OkStatus();
+  return watch_.trace->Experts(layer_index, routing, piece.begin, piece.rows,
+                               config_.num_experts_per_tok);
+}
 
-  GatherArgs gather;
-  gather.routing = buffers_.routing;
-  gather.num_groups = groups;
-  gather.max_rows = rows;
-  gather.hidden_size = config_.hidden_size;
-  gather.x = x;
-  if (fp8()) gather.x.bf16 = nullptr;
-  gather.out = buffers_.gathered;
-  RETURN_IF_ERROR(Done(GatherRows(gather, stream_), "GatherRows", kRouter));
-
+// Of the gathered rows, at most `rows`.
+absl::Status Pass::ComputeExperts(const GpuLayer& layer, int rows, int rows_per_expert) {
+  const int groups = layer.mlp.gate_up.num_groups;
   const int32_t* offsets = buffers_.routing.group_offsets;
   LinearInput activation = buffers_.activation_in;
   activation.fp8.scale_stride = buffers_.gathered.fp8.scale_stride;
@@ -389,6 +437,7 @@ absl::Status Pass::RunExperts(int layer_index, const Piece& piece) {
                               .x = buffers_.gathered,
                               .rows = rows,
                               .group_offsets = offsets,
+                              .rows_per_group = rows_per_expert,
                               .swiglu = true,
                               .out = buffers_.activation,
                               .family = kGateUp}));
@@ -397,6 +446,7 @@ absl::Status Pass::RunExperts(int layer_index, const Piece& piece) {
                      .x = activation,
                      .rows = rows,
                      .group_offsets = offsets,
+                     .rows_per_group = rows_per_expert,
                      .out = buffers_.expert_out,
                      .family = kDown});
 }
@@ -428,7 +478,8 @@ absl::Status Pass::RunGrouped(const Product& p) {
   args.num_rows = p.rows;
   args.weight = weight;
   args.group_offsets = p.group_offsets;
-  args.rows_per_group_hint = std::max(1, p.rows / weight.num_groups);
+  args.rows_per_group_hint =
+      p.rows_per_group > 0 ? p.rows_per_group : std::max(1, p.rows / weight.num_groups);
   args.out = p.out;
   args.out_stride = out_stride;
   args.swiglu = p.swiglu;

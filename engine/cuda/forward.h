@@ -9,6 +9,7 @@
 #include "absl/status/status.h"
 #include "engine/cuda/cublas.h"
 #include "engine/cuda/gpu_weights.h"
+#include "engine/cuda/group_experts.h"
 #include "engine/cuda/kernel_timer.h"
 #include "engine/cuda/mla_prefill.h"
 #include "engine/cuda/step_buffers.h"
@@ -32,6 +33,7 @@ class CudaForward {
     Cublas* cublas = nullptr;
     MlaPrefill* prefill = nullptr;
     bool batch_invariant = false;
+    GroupExperts::Group group;  // without an exchange: the model is alone
   };
   explicit CudaForward(const Parts& parts);
 

@@ -43,6 +43,8 @@ class GraphCache {
   absl::Status Capture(cudaStream_t stream, const std::vector<int>& sizes, int num_parts,
                        const std::function<absl::Status(int rows, int part)>& enqueue);
 
+  void Clear() { graphs_.clear(); }
+
   // Rows of the smallest graph for `sequences` sequences; 0 when there is none.
   int RowsFor(size_t sequences) const;
   // REQUIRES: a number that RowsFor() gave.

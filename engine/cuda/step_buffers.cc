@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "engine/cuda/cuda_engine.h"
+#include "engine/cuda/engine_limits.h"
 #include "engine/cuda/kernels/fp8_gemm.h"
 #include "engine/cuda/kernels/sampler.h"
 #include "engine/step.h"
@@ -65,7 +66,7 @@ void CarveMlp(const ModelConfig& config, const StepLimits& limits, Carver& carve
   const bool dense = config.first_k_dense_replace > 0;
   const int64_t tokens = limits.piece_tokens;
   const int64_t choices = moe ? config.num_experts_per_tok + config.n_shared_experts : 0;
-  const int64_t expert_rows = tokens * choices;
+  const int64_t expert_rows = moe ? MaxExpertRows(config, limits.world_size, tokens) : 0;
   // Elements of the widest MLP's activations.
   const int64_t dense_elements = dense ? tokens * config.intermediate_size : 0;
   const int64_t elements = std::max(dense_elements, expert_rows * config.moe_intermediate_size);
@@ -78,18 +79,57 @@ void CarveMlp(const ModelConfig& config, const StepLimits& limits, Carver& carve
     b.activation_in.bf16 = b.activation;
   }
   if (!moe) return;
+  const int64_t all_tokens = tokens * limits.world_size;  // of all ranks
   b.routing.num_choices = static_cast<int>(choices);
-  b.routing.row_of = carver.Take<int32_t>(expert_rows);
-  b.routing.weights = carver.Take<float>(expert_rows);
+  b.routing.row_of = carver.Take<int32_t>(all_tokens * choices);
+  b.routing.weights = carver.Take<float>(all_tokens * choices);
   b.routing.topk_ids = carver.Take<int32_t>(tokens * config.num_experts_per_tok);
   b.routing.token_of_row = carver.Take<int32_t>(expert_rows);
   b.routing.group_offsets =
       carver.Take<int32_t>(config.n_routed_experts + config.n_shared_experts + 1);
   b.gathered = TakeInput(carver, fp8, expert_rows, config.hidden_size);
   b.expert_out = carver.Take<__nv_bfloat16>(expert_rows * config.hidden_size);
+  if (!limits.in_group) return;
+  b.slots = carver.Take<std::byte>(limits.world_size * SlotBytes(config, limits.piece_tokens));
+  b.expert_sums = carver.Take<__nv_bfloat16>(all_tokens * config.hidden_size);
+}
+
+// Tokens of a piece. In a group they are fewer the more ranks send as many: all of them may want
+// this rank's experts, and what is computed together has no more rows than a rank has alone.
+int32_t PieceTokens(const ModelConfig& config, const StepLimits& limits) {
+  int64_t tokens = std::min(limits.max_tokens, kPieceTokens);
+  if (!limits.in_group) return static_cast<int32_t>(tokens);
+  const int64_t most =
+      int64_t{kPieceTokens} * (config.num_experts_per_tok + config.n_shared_experts);
+  const int64_t fit = most / std::max<int64_t>(1, MaxExpertRows(config, limits.world_size, 1));
+  return static_cast<int32_t>(
+      std::min(tokens, std::max<int64_t>(kRowTile, fit / kRowTile * kRowTile)));
 }
 
 }  // namespace
+
+// Each token takes an expert at most once, so of a rank with few experts not more than it has.
+int64_t MaxExpertRows(const ModelConfig& config, int32_t world_size, int64_t tokens) {
+  const int32_t most_experts = LocalExperts(config.n_routed_experts, 0, world_size).count;
+  const int64_t routed = std::min(config.num_experts_per_tok, most_experts);
+  return tokens * (world_size * routed + config.n_shared_experts);
+}
+
+TokenSlot CarveSlot(const ModelConfig& config, int32_t rows, Carver& carver) {
+  const int64_t stride = RoundUp(rows, 4);  // of scales
+  const size_t choices = size_t(rows) * size_t(config.num_experts_per_tok);
+  TokenSlot slot;
+  slot.x = TakeInput(carver, config.quantization.has_value(), stride, config.hidden_size);
+  slot.topk_ids = carver.Take<int32_t>(choices);
+  slot.weights = carver.Take<float>(choices);
+  return slot;
+}
+
+size_t SlotBytes(const ModelConfig& config, int32_t rows) {
+  Carver counter(nullptr);
+  CarveSlot(config, rows, counter);
+  return counter.used();
+}
 
 StepLimits MakeStepLimits(const ModelConfig& config, const CudaEngineOptions& options,
                           int32_t max_model_len) {
@@ -98,7 +138,9 @@ StepLimits MakeStepLimits(const ModelConfig& config, const CudaEngineOptions& op
   limits.max_sequences = options.max_sequences;
   limits.max_absorbed = std::min(limits.max_tokens,
                                  RoundUp(std::max(options.max_sequences, kAbsorbedRows), kRowTile));
-  limits.piece_tokens = std::min(limits.max_tokens, kPieceTokens);
+  limits.world_size = PlacementOf(options).world_size;
+  limits.in_group = options.placement.has_value();
+  limits.piece_tokens = PieceTokens(config, limits);
   const int64_t table = (int64_t{max_model_len} + kBlockSize - 1) / kBlockSize;
   limits.max_blocks = static_cast<int32_t>(
       std::min<int64_t>(table * options.max_sequences, std::numeric_limits<int32_t>::max() / 8));

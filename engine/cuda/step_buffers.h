@@ -32,7 +32,13 @@ struct StepLimits {
   int32_t max_blocks = 0;      // entries of all block tables together
   int32_t max_suppressed = 0;  // suppressed tokens of all sequences together
   bool batch_invariant = false;
+  // In a group a piece has so many tokens of each rank.
+  int32_t world_size = 1;
+  bool in_group = false;
 };
+// Rows that the experts of one rank can have of `tokens` tokens of each rank. The same on all
+// ranks.
+int64_t MaxExpertRows(const ModelConfig& config, int32_t world_size, int64_t tokens);
 // `max_model_len` is positive.
 StepLimits MakeStepLimits(const ModelConfig& config, const CudaEngineOptions& options,
                           int32_t max_model_len);
@@ -69,7 +75,12 @@ struct StepBuffers {
   LinearInput activation_in;              // the same as the next product reads it
   __nv_bfloat16* expert_out = nullptr;    // [expert rows, hidden_size]
   std::byte* router_workspace = nullptr;  // zero between calls
-  std::byte* gemm_workspace = nullptr;    // zero between calls
+
+  // In a group: what the ranks have sent of a piece, and what this rank's experts make of it.
+  std::byte* slots = nullptr;            // [world_size, SlotBytes()]; gpu_exchange.h
+  __nv_bfloat16* expert_sums = nullptr;  // [world_size, piece_tokens, hidden_size]
+
+  std::byte* gemm_workspace = nullptr;  // zero between calls
 
   // The rows that are sampled.
   __nv_bfloat16* last = nullptr;  // [max_sequences, hidden_size] after the final norm
@@ -80,6 +91,16 @@ struct StepBuffers {
 // Deals the buffers out, or counts them (device_memory.h).
 StepBuffers CarveStepBuffers(const ModelConfig& config, const StepLimits& limits, int num_sms,
                              Carver& carver);
+
+// One rank's part of what is exchanged of a piece: `rows` of its tokens, padding included, and
+// where they go. All arrays have the same place in each slot.
+struct TokenSlot {
+  LinearInput x;                // [rows, hidden_size] after the norm
+  int32_t* topk_ids = nullptr;  // [rows, num_experts_per_tok]; -1: padding
+  float* weights = nullptr;     // [rows, num_experts_per_tok]
+};
+TokenSlot CarveSlot(const ModelConfig& config, int32_t rows, Carver& carver);
+size_t SlotBytes(const ModelConfig& config, int32_t rows);
 
 // The same buffers from row `begin` on.
 inline Fp8Rows RowsFrom(Fp8Rows rows, int64_t begin, int64_t columns) {

@@ -47,10 +47,14 @@ int PieceTokens(int rows, int most) {
 
 }  // namespace
 
-StepShape StepShape::Decode(int sequences) {
+StepShape StepShape::Decode(int sequences, int most_tokens) {
   StepShape shape;
-  shape.rows = shape.absorbed_rows = shape.sequences = shape.piece_tokens = sequences;
-  shape.piece_samples = {0, sequences};
+  shape.rows = shape.absorbed_rows = shape.sequences = shape.exchange_rows = sequences;
+  shape.piece_tokens = PieceTokens(sequences, most_tokens);
+  for (int end = 0; end < sequences;) {
+    end = std::min(end + shape.piece_tokens, sequences);
+    shape.piece_samples.push_back(end);
+  }
   return shape;
 }
 
@@ -109,7 +113,7 @@ absl::Status StepInput::Stage(const StepPlan& plan, int graph_rows) {
 }
 
 void StepInput::StageNothing(int graph_rows) {
-  Begin(StepShape::Decode(graph_rows));
+  Begin(Decode(graph_rows));
   Finish();
 }
 
@@ -140,12 +144,13 @@ void StepInput::Order(const StepPlan& plan) {
 }
 
 StepShape StepInput::ShapeOf(const StepPlan& plan, int graph_rows) const {
-  if (graph_rows > 0) return StepShape::Decode(graph_rows);
+  if (graph_rows > 0) return Decode(graph_rows);
   StepShape shape;
   shape.rows = static_cast<int>(plan.tokens.size());
   shape.sequences = static_cast<int>(absorbed_.size());
-  shape.piece_tokens = PieceTokens(shape.rows, limits_.piece_tokens);
-  const int pieces = (shape.rows + shape.piece_tokens - 1) / shape.piece_tokens;
+  shape.exchange_rows = limits_.in_group ? plan.shape.num_tokens : shape.rows;
+  shape.piece_tokens = PieceTokens(shape.exchange_rows, limits_.piece_tokens);
+  const int pieces = (shape.exchange_rows + shape.piece_tokens - 1) / shape.piece_tokens;
   shape.piece_samples.assign(pieces + 1, 0);
   int end = 0;
   const auto count = [&](const Item& item) {
@@ -223,7 +228,7 @@ void StepInput::Finish() {
   for (int i = static_cast<int>(decode_sequences_.size()); i < shape_.sequences; ++i)
     host_.block_begin[i] = 0;
   for (int i = static_cast<int>(plan_samples_.size()); i < shape_.samples(); ++i) {
-    host_.sample_rows[i] = i;
+    host_.sample_rows[i] = i % shape_.piece_tokens;
     host_.samples[i] = {};
   }
   planner_.Plan(decode_sequences_, &decode_plan_);

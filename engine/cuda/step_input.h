@@ -24,15 +24,17 @@ struct StepShape {
   int rows = 0;           // tokens, with the padding
   int absorbed_rows = 0;  // the first of them: their attention is MlaDecode's
   int sequences = 0;      // with absorbed rows, with the padding
-  int piece_tokens = 0;   // tokens whose MLPs are computed together
+  int piece_tokens = 0;   // tokens whose MLPs are computed together, in a group of each rank
+  // Rows that the pieces cover: `rows`, in a group the padded rows that all ranks send.
+  int exchange_rows = 0;
   // The samples of piece i are [piece_samples[i], piece_samples[i + 1]).
   std::vector<int> piece_samples = {0};
 
   int pieces() const { return static_cast<int>(piece_samples.size()) - 1; }
   int samples() const { return piece_samples.back(); }
 
-  // `sequences` sequences with one token each, all of them sampled.
-  static StepShape Decode(int sequences);
+  // `sequences` sequences with one token each, all of them sampled; pieces of up to `most_tokens`.
+  static StepShape Decode(int sequences, int most_tokens);
 };
 
 // A step's input where it lies, on the host or on the device.
@@ -60,8 +62,9 @@ class StepInput {
   static size_t DeviceBytes(const StepLimits& limits, const MlaDecodePlanner::Options& planner);
 
   // Writes the pinned buffer; the copy of the plan before has ended. `graph_rows`: the rows of the
-  // padded decode step that the plan is to run as; 0: no padding. INVALID_ARGUMENT when there are
-  // too many suppressed tokens. REQUIRES: PlanCheck has passed the plan.
+  // padded decode step that the plan is to run as; 0: no padding. In a group plan.shape says what
+  // the ranks exchange. INVALID_ARGUMENT when there are too many suppressed tokens. REQUIRES:
+  // PlanCheck has passed the plan.
   absl::Status Stage(const StepPlan& plan, int graph_rows);
   // A padded decode step without sequences.
   void StageNothing(int graph_rows);
@@ -92,6 +95,7 @@ class StepInput {
   StepArrays Arrays(const StepShape& shape, std::byte* data) const;
   void Begin(const StepShape& shape);
   void Order(const StepPlan& plan);
+  StepShape Decode(int rows) const { return StepShape::Decode(rows, limits_.piece_tokens); }
   StepShape ShapeOf(const StepPlan& plan, int graph_rows) const;
   void WriteSequence(const StepPlan& plan, const Item& item, bool absorbed);
   void WriteSample(const Item& item, int row);

@@ -89,8 +89,11 @@ absl::Status StepTrace::Experts(int layer, const MoeRouting& routing, int begin,
   return absl::OkStatus();
 }
 
-absl::Status StepTrace::BeforeMlp(const float* residual, int hidden_size) {
-  ASSIGN_OR_RETURN(before_mlp_, Read(residual, plan_rows_.size() * int64_t{hidden_size}));
+absl::Status StepTrace::BeforeMlp(const float* residual, int hidden_size, int begin, int rows) {
+  const int64_t first = int64_t{begin} * hidden_size;
+  ASSIGN_OR_RETURN(const auto part, Read(residual + first, int64_t{rows} * hidden_size));
+  before_mlp_.resize(plan_rows_.size() * hidden_size);
+  std::copy(part.begin(), part.end(), before_mlp_.begin() + first);
   return absl::OkStatus();
 }
 

@@ -41,7 +41,8 @@ class StepTrace {
   // `rows` tokens from the step's token `begin` on.
   absl::Status Experts(int layer, const MoeRouting& routing, int begin, int rows, int k);
   // The residual between a layer's halves, and behind it.
-  absl::Status BeforeMlp(const float* residual, int hidden_size);
+  // BeforeMlp: of `rows` tokens from the step's token `begin` on.
+  absl::Status BeforeMlp(const float* residual, int hidden_size, int begin, int rows);
   absl::Status AfterMlp(int layer, const float* residual, int hidden_size);
   absl::Status FinalHidden(const __nv_bfloat16* last, int hidden_size);
   // Samples [begin, begin + rows) of the step.

@@ -20,9 +20,8 @@ class CudaLostTest : public DeviceTest {};
 TEST_F(CudaLostTest, EveryLaterStepFailsAtOnce) {
   auto config = LoadModelConfig(kDemoModel);
   ASSERT_TRUE(config.ok()) << config.status();
-  auto engine =
-      MakeCudaEngine(*config, kDemoModel, LoadFormat::kSafetensors,
-                     {.rank = 3, .num_blocks = 8, .max_step_tokens = 64, .max_sequences = 2});
+  auto engine = MakeCudaEngine(*config, kDemoModel, LoadFormat::kSafetensors,
+                               {.num_blocks = 8, .max_step_tokens = 64, .max_sequences = 2});
   StepPlan plan = Runner::MakePlan({{.tokens = SomeTokens(5, 4096, 1), .blocks = {2}}});
   plan.sequences[0].sample = true;
   ASSERT_TRUE(engine->Execute(plan).ok());
@@ -31,7 +30,7 @@ TEST_F(CudaLostTest, EveryLaterStepFailsAtOnce) {
   LoseTheGpu();
   const absl::Status first = engine->Execute(plan).status();
   EXPECT_EQ(first.code(), absl::StatusCode::kUnavailable);
-  EXPECT_THAT(std::string(first.message()), HasSubstr("rank 3: cuda"));
+  EXPECT_THAT(std::string(first.message()), HasSubstr("rank 0: cuda"));
   EXPECT_THAT(std::string(first.message()), HasSubstr("the GPU is lost"));
   EXPECT_TRUE(engine->lost());
 

@@ -8,6 +8,8 @@
 
 #include "engine/cuda/cuda_engine.h"
 #include "engine/cuda/graph_cache.h"
+#include "engine/cuda/step_buffers.h"
+#include "engine/cuda/step_input.h"
 
 namespace latentd {
 namespace {
@@ -68,6 +70,24 @@ TEST(CudaMemoryPlanTest, WhatDoesNotFitIsRefusedWithNumbers) {
   EXPECT_EQ(plan.status().code(), absl::StatusCode::kResourceExhausted);
 }
 
+// Two nodes of eight H100.
+TEST(CudaMemoryPlanTest, ARankOfDeepSeekV3FitsOnAnH100) {
+  const ModelConfig config = Load("deploy/configs/deepseek-v3.json");
+  for (const int32_t rank : {0, 15}) {
+    const auto plan = PlanCudaMemory(
+        config, {.placement = Placement{.rank = rank, .world_size = 16}}, kH100Bytes);
+    ASSERT_TRUE(plan.ok()) << plan.status();
+    EXPECT_NEAR(plan->weights / 1e9, 61.0, 1.0);  // 16 of 256 experts, all else
+    EXPECT_GE(plan->num_blocks * 64, 190'000) << plan->ToString();
+    if (rank == 0) std::printf("%s", plan->ToString().c_str());
+  }
+  EXPECT_EQ(PlanCudaMemory(config, {.placement = Placement{.rank = 0, .world_size = 8}}, kH100Bytes)
+                .status()
+                .code(),
+            absl::StatusCode::kResourceExhausted)
+      << "8 ranks hold twice the experts each";
+}
+
 TEST(CudaMemoryPlanTest, WrongOptionsAreNamed) {
   struct Wrong {
     CudaEngineOptions options;
@@ -83,6 +103,8 @@ TEST(CudaMemoryPlanTest, WrongOptionsAreNamed) {
       {{.max_model_len = -1}, "max_model_len: -1"},
       {{.max_model_len = 8193}, "max_model_len: 8193; the model's max_position_embeddings is 8192"},
       {{.max_graph_sequences = -1}, "max_graph_sequences: -1"},
+      {{.placement = Placement{.rank = 0, .world_size = 0}}, "world_size: 0; the least is 1"},
+      {{.placement = Placement{.rank = 4, .world_size = 4}}, "rank: 4; the most is 3"},
   };
   const ModelConfig config = Load("deploy/demo-model/config.json");
   for (const Wrong& wrong : cases) {
@@ -97,6 +119,43 @@ TEST(CudaMemoryPlanTest, MoreMemoryThanTheCacheCanUse) {
   const auto plan = PlanCudaMemory(Load("deploy/demo-model/config.json"), {}, uint64_t{1} << 60);
   ASSERT_TRUE(plan.ok()) << plan.status();
   EXPECT_GT(plan->num_blocks, 0);
+}
+
+// ---- the pieces of a step in a group
+
+StepLimits Limits(const ModelConfig& config, int32_t world_size, int32_t max_step_tokens = 8192) {
+  CudaEngineOptions options{.max_step_tokens = max_step_tokens};
+  if (world_size > 0) options.placement = Placement{.rank = 0, .world_size = world_size};
+  return MakeStepLimits(config, options, 4096);
+}
+
+// What is computed together has about as many rows at the most as with an engine that is alone.
+TEST(StepLimitsTest, MoreRanksHaveSmallerPieces) {
+  const ModelConfig config = Load("deploy/configs/deepseek-v3.json");
+  const int64_t alone = MaxExpertRows(config, 1, Limits(config, 0).piece_tokens);
+  EXPECT_EQ(alone, 8192 * 9);
+  EXPECT_EQ(Limits(config, 1).piece_tokens, 8192);
+  EXPECT_EQ(Limits(config, 2).piece_tokens, 4224);
+  EXPECT_EQ(Limits(config, 16).piece_tokens, 512);
+  EXPECT_EQ(Limits(config, 16, 100).piece_tokens, 128) << "a step has no more";
+  for (const int32_t world_size : {1, 2, 3, 8, 16, 32}) {
+    const StepLimits limits = Limits(config, world_size);
+    EXPECT_LE(MaxExpertRows(config, world_size, limits.piece_tokens), alone) << world_size;
+    EXPECT_EQ(limits.piece_tokens % kRowTile, 0);
+  }
+  // A rank with a single expert takes a token once at the most.
+  EXPECT_EQ(MaxExpertRows(config, 256, 10), 10 * (256 + 1));
+}
+
+TEST(StepShapeTest, DecodeStepsOfManyRowsComeInPieces) {
+  const StepShape one = StepShape::Decode(200, 4096);
+  EXPECT_EQ(one.piece_tokens, 200);
+  EXPECT_THAT(one.piece_samples, ElementsAre(0, 200));
+  const StepShape three = StepShape::Decode(300, 128);
+  EXPECT_EQ(three.piece_tokens, 128);
+  EXPECT_THAT(three.piece_samples, ElementsAre(0, 128, 256, 300));
+  EXPECT_EQ(three.rows, 300);
+  EXPECT_EQ(three.exchange_rows, 300);
 }
 
 TEST(GraphSizesTest, AreAscendingAndEndAtTheMost) {
