@@ -47,6 +47,9 @@ class GroupMember : public Engine {
   // Execute()'s thread.
   virtual std::string transport() const { return ""; }
 
+  // What has to be said loudly about that transport; empty when nothing has. Execute()'s thread.
+  virtual std::string transport_warning() const { return ""; }
+
   // "host:port" at which its peers reach it; empty where the group is formed otherwise. Any thread.
   virtual std::string address() const = 0;
 };

@@ -274,6 +274,9 @@ void RankSession::Form(const v1::Form& form) {
     LogEvent(
         spdlog::level::info, "joined",
         {{"rank", options_.rank}, {"epoch", group.epoch}, {"transport", member_->transport()}});
+    if (const std::string warning = member_->transport_warning(); !warning.empty()) {
+      LogEvent(spdlog::level::warn, warning, {{"rank", options_.rank}});
+    }
   }
   v1::RankMessage message;
   v1::Formed& formed = *message.mutable_formed();
