@@ -30,8 +30,9 @@ uint64_t LatentCache::NumBytes(const ModelConfig& config, int32_t num_blocks) {
          static_cast<uint64_t>(num_blocks) * kBlockSize * static_cast<uint64_t>(Dim(config));
 }
 
-LatentCache::LatentCache(const ModelConfig& config, int32_t num_blocks)
+LatentCache::LatentCache(const ModelConfig& config, int32_t num_blocks, bool rounds_to_fp8)
     : num_blocks_(num_blocks),
+      rounds_to_fp8_(rounds_to_fp8),
       value_dim_(ValueDim(config)),
       dim_(Dim(config)),
       num_bytes_(NumBytes(config, num_blocks)) {

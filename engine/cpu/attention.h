@@ -21,13 +21,15 @@ namespace latentd {
 class LatentCache {
  public:
   // The memory is reserved; pages come with their first use.
-  LatentCache(const ModelConfig& config, int32_t num_blocks);
+  // `rounds_to_fp8`: what is written is to be rounded (QuantizeCacheRow).
+  LatentCache(const ModelConfig& config, int32_t num_blocks, bool rounds_to_fp8 = false);
   ~LatentCache();
   LatentCache(const LatentCache&) = delete;
   LatentCache& operator=(const LatentCache&) = delete;
 
   bool ok() const { return data_ != nullptr; }  // false: the system has no memory
   int32_t num_blocks() const { return num_blocks_; }
+  bool rounds_to_fp8() const { return rounds_to_fp8_; }
   int value_dim() const { return value_dim_; }
   int dim() const { return dim_; }
   float* block(int layer, BlockId id) {
@@ -44,6 +46,7 @@ class LatentCache {
 
  private:
   int32_t num_blocks_;
+  bool rounds_to_fp8_;
   int value_dim_;
   int dim_;
   size_t num_bytes_;

@@ -65,18 +65,18 @@ absl::Status CheckMemory(const ModelConfig& config, const ModelWeights& weights,
 class CpuEngineImpl : public CpuEngine {
  public:
   CpuEngineImpl(std::unique_ptr<ThreadPool> pool, std::unique_ptr<CpuModel> model,
-                const EngineInfo& info, const Placement& placement,
+                const EngineInfo& info, const CpuEngineOptions& options,
                 std::unique_ptr<GroupTransport> transport)
       : info_(info),
         pool_(std::move(pool)),
         model_(std::move(model)),
-        cache_(model_->config, info.num_blocks),
+        cache_(model_->config, info.num_blocks, options.quantize_cache),
         forward_(*model_, *SupportedKernels().front(), *pool_, cache_, info.max_step_tokens),
-        plan_check_(info, placement.rank),
+        plan_check_(info, options.placement.rank),
         logits_(size_t{kLogitRows} * info.vocab_size),
         samplers_(pool_->num_threads()) {
     if (transport != nullptr) {
-      link_ = std::make_unique<GroupLink>(placement, std::move(transport));
+      link_ = std::make_unique<GroupLink>(options.placement, std::move(transport));
     }
   }
 
@@ -237,8 +237,8 @@ absl::StatusOr<std::unique_ptr<CpuEngine>> CpuEngine::Create(
                         .max_sequences = options.max_sequences,
                         .max_model_len = max_model_len,
                         .vocab_size = config.vocab_size};
-  auto engine = std::make_unique<CpuEngineImpl>(std::move(pool), std::move(model), info,
-                                                options.placement, std::move(transport));
+  auto engine = std::make_unique<CpuEngineImpl>(std::move(pool), std::move(model), info, options,
+                                                std::move(transport));
   if (!engine->ok()) {
     return absl::ResourceExhaustedError(
         absl::StrCat("no address space for a KV cache of ", options.num_blocks, " blocks"));

@@ -23,6 +23,9 @@ struct CpuEngineOptions {
   // token and block_cols columns. All but kv_b_proj, which the absorbed form multiplies in f32.
   // Nothing changes for weights that are not FP8. For comparisons: slower, and less exact.
   bool quantize_activations = false;
+  // Rounds the rows of the latent cache as a GPU holds them in FP8 (CacheFormat::kFp8). For
+  // comparisons too.
+  bool quantize_cache = false;
   Placement placement = {};  // as one rank of a group: which of its experts are here
 };
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "engine/cpu/quantize_row.h"
 #include "engine/model/quantization.h"
 #include "engine/status.h"
 
@@ -226,6 +227,7 @@ void Forward::FinishQueriesAndKeys(int layer, int begin, int rows, TraceSink* tr
       kernels_.rms_norm(kv, weights.kv_a_layernorm.data(), rank, kLatentNormEps, key);
       std::fill(key + rank, key + value_dim, 0.0f);
       model_.rope->Apply(kv + rank, token.position, key + value_dim);
+      if (cache_.rounds_to_fp8()) QuantizeCacheRow(key, rank, key + value_dim, rope);
       std::fill(key + value_dim + rope, key + dim, 0.0f);
       for (int head = 0; head < heads; ++head) {
         float* query = latent_q_.data() + (i * heads + head) * dim;

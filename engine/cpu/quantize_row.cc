@@ -44,4 +44,9 @@ void QuantizeRow(const float* x, int n, const ActivationQuantization& how, float
   }
 }
 
+void QuantizeCacheRow(float* latents, int num_latents, float* rotated, int num_rotated) {
+  QuantizeRow(latents, num_latents, {.group = num_latents, .power_of_two_scales = true}, latents);
+  for (int i = 0; i < num_rotated; ++i) rotated[i] = Bf16ToFloat(FloatToBf16(rotated[i]));
+}
+
 }  // namespace latentd

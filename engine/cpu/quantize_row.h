@@ -17,6 +17,10 @@ float ActivationScale(float amax, bool power_of_two);
 // group from the first column, the last one may be short. May be in place; a NaN stays one.
 void QuantizeRow(const float* x, int n, const ActivationQuantization& how, float* out);
 
+// A row of the latent cache as CacheFormat::kFp8 holds it: all latents in one group, whose scale is
+// a power of two, and rotated dims in bf16. In place.
+void QuantizeCacheRow(float* latents, int num_latents, float* rotated, int num_rotated);
+
 }  // namespace latentd
 
 #endif  // LATENTD_ENGINE_CPU_QUANTIZE_ROW_H_

@@ -86,7 +86,8 @@ Runner::Runner(const LoadedModel& model, const RunnerOptions& options)
           model.config, model.weights,
           options.max_positions > 0 ? options.max_positions : model.config.max_position_embeddings,
           *pool_, options.quantize_activations, options.placement))),
-      cache_(std::make_unique<LatentCache>(model.config, options.num_blocks)),
+      cache_(
+          std::make_unique<LatentCache>(model.config, options.num_blocks, options.quantize_cache)),
       forward_(std::make_unique<Forward>(*model_, *options.kernels, *pool_, *cache_,
                                          options.max_step_tokens)),
       max_step_tokens_(options.max_step_tokens) {

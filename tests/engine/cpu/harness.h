@@ -56,6 +56,7 @@ struct RunnerOptions {
   int max_step_tokens = 2048;
   int max_positions = 0;  // 0: the model's
   bool quantize_activations = false;
+  bool quantize_cache = false;
   Placement placement = {};  // of a group's rank
 };
 

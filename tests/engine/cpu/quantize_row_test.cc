@@ -42,6 +42,22 @@ TEST(QuantizeRowTest, OneGroupByHand) {
   EXPECT_EQ(Quantized(x, {.group = 128}), expected);
 }
 
+// One scale for all latents, a power of two: what the FP8 cache of a GPU holds of them, which bf16
+// holds exactly.
+TEST(QuantizeRowTest, CacheRows) {
+  std::vector<float> latents = SomeValues(512, 5), rotated = SomeValues(64, 6);
+  latents[300] = 3.0f * (1 << 13);
+  const std::vector<float> latents_before = latents, rotated_before = rotated;
+  QuantizeCacheRow(latents.data(), 512, rotated.data(), 64);
+  const float scale = ActivationScale(3.0f * (1 << 13), true);
+  for (int i = 0; i < 512; ++i) {
+    EXPECT_EQ(latents[i], E4m3ToFloat(FloatToE4m3(latents_before[i] / scale)) * scale) << i;
+    EXPECT_EQ(latents[i], Bf16ToFloat(FloatToBf16(latents[i]))) << i;
+  }
+  for (int i = 0; i < 64; ++i)
+    EXPECT_EQ(rotated[i], Bf16ToFloat(FloatToBf16(rotated_before[i]))) << i;
+}
+
 TEST(QuantizeRowTest, Scales) {
   EXPECT_EQ(ActivationScale(448.0f, false), 1.0f);
   EXPECT_EQ(ActivationScale(100.0f, false), 100.0f / 448.0f);
