@@ -58,7 +58,8 @@ std::string DescribeGroup(const ServeConfig& config, const ModelConfig& model,
   const uint64_t vocabulary =
       plan.part(WeightPart::kEmbedding).memory_bytes + plan.part(WeightPart::kHead).memory_bytes;
   const uint64_t freed = vocabulary - vocabulary / config.world_size;
-  const uint64_t token_bytes = CacheBytesPerBlock(model, engine.kind) / kBlockSize;
+  const uint64_t token_bytes =
+      CacheBytesPerBlock(model, engine.kind, engine.cache_format) / kBlockSize;
   text += fmt::format(
       "embedding and head: whole on every rank, {:.2f} GiB; dealt out over the ranks they would "
       "leave "

@@ -45,6 +45,7 @@ struct ServeConfig {
   int64_t device = 0;
   int64_t kv_cache_memory = 0;  // bytes
   int64_t kv_cache_tokens = 0;
+  std::string kv_cache_dtype = "auto";
   int64_t max_model_len = 0;
   int64_t max_step_tokens = 2048;
   int64_t max_running = 256;

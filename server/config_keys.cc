@@ -97,6 +97,16 @@ const std::vector<ConfigKey>& Table() {
               "Size of the KV cache, of each rank, in tokens instead of bytes; rounded up to whole "
               "blocks. 0: as kv_cache_memory says.",
               0, kMaxTokens, "tokens"}),
+      Shared({"kv_cache_dtype",
+              T::kString,
+              &C::kv_cache_dtype,
+              "How the CUDA engine holds the KV cache: fp8 has room for 1.79 times the tokens of "
+              "bf16, held less exactly; auto is bf16. The CPU engine's cache is f32; fp8 rounds it "
+              "alike, for comparisons.",
+              0,
+              0,
+              "",
+              {"auto", "bf16", "fp8"}}),
       Shared({"max_model_len", T::kInt, &C::max_model_len,
               "Longest prompt and completion together. 0: the model's max_position_embeddings, or "
               "what "

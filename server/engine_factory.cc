@@ -20,7 +20,7 @@ MemoryPlan CpuMemoryPlan(const ModelConfig& model, const EngineSettings& setting
   return MakeMemoryPlan(
       model, {.weight_storage = model.quantization || model.dtype_bytes == 2 ? WeightStorage::kBf16
                                                                              : WeightStorage::kF32,
-              .cache_element_bytes = 4,
+              .cache_format = CacheFormat::kF32,
               .num_blocks = settings.num_blocks,
               .placement = {.rank = settings.rank, .world_size = settings.world_size}});
 }
@@ -46,6 +46,7 @@ absl::StatusOr<std::unique_ptr<CpuEngine>> MakeCpuEngine(
                             .max_step_tokens = settings.max_step_tokens,
                             .max_sequences = settings.max_sequences,
                             .max_model_len = settings.max_model_len,
+                            .quantize_cache = settings.cache_format == CacheFormat::kFp8,
                             .placement = placement},
                            std::move(transport));
 }
@@ -58,7 +59,10 @@ CudaEngineOptions CudaOptions(const EngineSettings& settings) {
                             .max_sequences = settings.max_sequences,
                             .max_model_len = settings.max_model_len,
                             .max_graph_sequences = settings.max_graph_sequences,
-                            .batch_invariant = settings.batch_invariant};
+                            .batch_invariant = settings.batch_invariant,
+                            .cache_format = settings.cache_format == CacheFormat::kFp8
+                                                ? CacheFormat::kFp8
+                                                : CacheFormat::kBf16};
   if (settings.world_size > 1) {
     options.placement = Placement{.rank = settings.rank, .world_size = settings.world_size};
   }
@@ -101,9 +105,18 @@ absl::StatusOr<EngineKind> ChooseEngine(std::string_view name) {
       absl::StrCat("engine is '", std::string(name), "'; allowed are auto, cpu, cuda"));
 }
 
-uint64_t CacheBytesPerBlock(const ModelConfig& model, EngineKind kind) {
-  return MakeMemoryPlan(model, {.cache_element_bytes = kind == EngineKind::kCuda ? 2 : 4})
-      .cache_bytes_per_block;
+absl::StatusOr<CacheFormat> ChooseCacheFormat(std::string_view name, EngineKind kind) {
+  if (name == "auto") return kind == EngineKind::kCuda ? CacheFormat::kBf16 : CacheFormat::kF32;
+  if (name == "fp8") return CacheFormat::kFp8;
+  if (name == "bf16" && kind == EngineKind::kCuda) return CacheFormat::kBf16;
+  return absl::InvalidArgumentError(absl::StrCat(
+      "kv_cache_dtype is '", std::string(name), "'; the ", std::string(EngineName(kind)),
+      " engine has auto, ", kind == EngineKind::kCuda ? "bf16, " : "", "fp8"));
+}
+
+uint64_t CacheBytesPerBlock(const ModelConfig& model, EngineKind kind, CacheFormat format) {
+  const CacheFormat held = kind == EngineKind::kCpu ? CacheFormat::kF32 : format;
+  return MakeMemoryPlan(model, {.cache_format = held}).cache_bytes_per_block;
 }
 
 absl::StatusOr<EngineMemory> PlanEngineMemory(const ModelConfig& model,

@@ -13,6 +13,7 @@
 #include "absl/time/time.h"
 #include "engine/engine.h"
 #include "engine/group_member.h"
+#include "engine/model/cache_format.h"
 #include "engine/model/config.h"
 #include "engine/model/weights.h"
 #include "engine/step.h"
@@ -40,6 +41,8 @@ struct EngineSettings {
   int32_t device = 0;                 // cuda
   int32_t max_graph_sequences = 256;  // cuda; 0: no graphs
   bool batch_invariant = false;       // cuda; the CPU engine always is
+  // kFp8: cuda holds the cache so, the CPU engine rounds its f32 one alike. Else it is bf16 or f32.
+  CacheFormat cache_format = CacheFormat::kF32;
   // Which rank of a group it is: it loads that one's slice of the weights
   // (engine/model/placement.h).
   int32_t rank = 0;
@@ -64,8 +67,12 @@ absl::StatusOr<EngineMemory> PlanEngineMemory(const ModelConfig& model,
                                               const EngineSettings& settings,
                                               uint64_t available_bytes);
 
-// Bytes of one block of the KV cache of an engine of this kind.
-uint64_t CacheBytesPerBlock(const ModelConfig& model, EngineKind kind);
+// What a kv_cache_dtype stands for: "auto", "fp8", and "bf16" of the CUDA engine. INVALID_ARGUMENT
+// for others.
+absl::StatusOr<CacheFormat> ChooseCacheFormat(std::string_view name, EngineKind kind);
+
+// Bytes of one block of the KV cache.
+uint64_t CacheBytesPerBlock(const ModelConfig& model, EngineKind kind, CacheFormat format);
 
 // Told how loading goes, by the loading thread.
 class LoadListener {

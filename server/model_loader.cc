@@ -200,6 +200,7 @@ absl::StatusOr<EngineSettings> ResolveEngine(const ServeConfig& config, const Mo
         fmt::format("max_model_len is {}; the model's max_position_embeddings is {}",
                     config.max_model_len, model.max_position_embeddings));
   }
+  ASSIGN_OR_RETURN(const CacheFormat cache_format, ChooseCacheFormat(config.kv_cache_dtype, kind));
   EngineSettings settings{
       .kind = kind,
       .max_step_tokens = static_cast<int32_t>(config.max_step_tokens),
@@ -209,13 +210,14 @@ absl::StatusOr<EngineSettings> ResolveEngine(const ServeConfig& config, const Mo
       .device = static_cast<int32_t>(config.device),
       .max_graph_sequences = static_cast<int32_t>(config.max_graph_sequences),
       .batch_invariant = config.batch_invariant,
+      .cache_format = cache_format,
   };
   int64_t memory = config.kv_cache_memory;
   if (config.kv_cache_tokens == 0 && memory == 0) {
     if (kind == EngineKind::kCuda) return settings;  // all that fit
     memory = kDefaultCpuCacheBytes;
   }
-  const auto block_bytes = static_cast<int64_t>(CacheBytesPerBlock(model, kind));
+  const auto block_bytes = static_cast<int64_t>(CacheBytesPerBlock(model, kind, cache_format));
   const int64_t blocks = config.kv_cache_tokens > 0
                              ? (config.kv_cache_tokens + kBlockSize - 1) / kBlockSize
                              : memory / block_bytes;

@@ -195,8 +195,8 @@ absl::Status CudaEngineImpl::Init(const std::filesystem::path& dir, LoadFormat f
   Carver carver(workspace_.data());
   buffers_ = CarveStepBuffers(config_, limits_, num_sms, carver);
 
-  const uint64_t cache_bytes = uint64_t{2} * config_.num_hidden_layers * info_.num_blocks *
-                               kBlockSize * config_.latent_dim();
+  const uint64_t cache_bytes = uint64_t{1} * config_.num_hidden_layers * info_.num_blocks *
+                               MlaCacheBlockBytes(options_.cache_format);
   ASSIGN_OR_RETURN(cache_, DeviceMemory::Allocate(cache_bytes));
   // NaN: a read of a row that no token has written cannot go unnoticed.
   RETURN_IF_CUDA_ERROR(cudaMemset(cache_.data(), 0xff, cache_.bytes()));
@@ -247,7 +247,7 @@ void CudaEngineImpl::SetExchange(std::shared_ptr<GpuExchange> exchange) {
       .config = &config_,
       .weights = weights_.get(),
       .buffers = &buffers_,
-      .cache = reinterpret_cast<__nv_bfloat16*>(cache_.data()),
+      .cache = {cache_.data(), options_.cache_format},
       .num_blocks = info_.num_blocks,
       .cublas = cublas_.get(),
       .prefill = prefill_.get(),

@@ -13,6 +13,7 @@
 #include "absl/status/statusor.h"
 #include "engine/cuda/gpu_exchange.h"
 #include "engine/group_member.h"
+#include "engine/model/cache_format.h"
 #include "engine/model/config.h"
 #include "engine/model/placement.h"
 #include "engine/model/weights.h"
@@ -29,6 +30,7 @@ struct CudaEngineOptions {
   int32_t max_graph_sequences =
       256;  // decode steps of up to so many sequences run as captured graphs; 0: none
   bool batch_invariant = false;  // a sequence's tokens do not depend on the others; slower (README)
+  CacheFormat cache_format = CacheFormat::kBf16;  // or kFp8
   // A rank of an expert-parallel group: the engine loads its share of the experts, and Execute()
   // needs a Join() first. nullopt: the model is alone.
   std::optional<Placement> placement = std::nullopt;

@@ -11,6 +11,7 @@
 #include "engine/cuda/engine_limits.h"
 #include "engine/cuda/gpu_weights.h"
 #include "engine/cuda/graph_cache.h"
+#include "engine/cuda/kernels/mla_cache.h"
 #include "engine/cuda/step_buffers.h"
 #include "engine/cuda/step_input.h"
 #include "engine/status.h"
@@ -48,6 +49,8 @@ absl::Status CheckCudaOptions(const ModelConfig& config, const CudaEngineOptions
   RETURN_IF_ERROR(CheckOption("max_sequences", options.max_sequences, 1, kMaxSequences));
   RETURN_IF_ERROR(CheckOption("max_graph_sequences", options.max_graph_sequences, 0, kAny));
   RETURN_IF_ERROR(CheckOption("max_model_len", options.max_model_len, 0, kAny));
+  if (options.cache_format == CacheFormat::kF32)
+    return absl::InvalidArgumentError("cache_format: f32; possible are bf16 and fp8");
   const Placement placement = PlacementOf(options);
   RETURN_IF_ERROR(CheckOption("world_size", placement.world_size, 1, kMaxRanks));
   RETURN_IF_ERROR(CheckOption("rank", placement.rank, 0, placement.world_size - 1));
@@ -83,7 +86,7 @@ absl::StatusOr<CudaMemoryPlan> PlanCudaMemory(const ModelConfig& config,
   plan.graphs =
       GraphSizes(MaxGraphSequences(options)).size() * EstimatedGraphBytes(config.num_hidden_layers);
   plan.reserve = kReserveBytes + (limits.world_size > 1 ? kNcclBytes : 0);
-  plan.cache_per_block = uint64_t{2} * config.num_hidden_layers * kBlockSize * config.latent_dim();
+  plan.cache_per_block = config.num_hidden_layers * MlaCacheBlockBytes(options.cache_format);
 
   const uint64_t fixed = plan.total();
   const uint64_t left = memory_bytes - std::min(memory_bytes, fixed);

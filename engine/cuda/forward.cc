@@ -118,8 +118,10 @@ class Pass {
     return config_.q_lora_rank ? q_columns() : q_columns() + config_.latent_dim();
   }
   int attention_columns() const { return config_.num_attention_heads * config_.v_head_dim; }
-  __nv_bfloat16* cache(int layer) const {
-    return parts_.cache + int64_t{layer} * parts_.num_blocks * kBlockSize * config_.latent_dim();
+  MlaCache cache(int layer) const {
+    const MlaCache& first = parts_.cache;
+    const int64_t layer_bytes = parts_.num_blocks * MlaCacheBlockBytes(first.format);
+    return {first.data + layer * layer_bytes, first.format};
   }
   GroupExperts Group(const Piece& piece) const {
     return GroupExperts(config_, buffers_, parts_.group, piece.exchange_rows, stream_);

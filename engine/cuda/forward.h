@@ -28,7 +28,7 @@ class CudaForward {
     const ModelConfig* config = nullptr;
     const GpuWeights* weights = nullptr;
     const StepBuffers* buffers = nullptr;
-    __nv_bfloat16* cache = nullptr;  // [num_hidden_layers, num_blocks, 64, 576]
+    MlaCache cache;  // of the first layer; the others follow
     int32_t num_blocks = 0;
     Cublas* cublas = nullptr;
     MlaPrefill* prefill = nullptr;

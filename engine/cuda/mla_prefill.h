@@ -11,6 +11,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
+#include "engine/cuda/kernels/mla_cache.h"
 
 namespace latentd {
 
@@ -66,9 +67,8 @@ class MlaPrefill {
   struct Layer {
     // [num_queries, q_stride]: heads of 192, their rope dims (last 64) rotated
     const __nv_bfloat16* q = nullptr;
-    int64_t q_stride = 0;  // a multiple of 8; 0: num_heads * 192
-    // [num_blocks, 64, 576]; the chunk's own rows are in it already
-    const __nv_bfloat16* cache = nullptr;
+    int64_t q_stride = 0;                 // a multiple of 8; 0: num_heads * 192
+    MlaCache cache;                       // the chunk's own rows are in it already
     const __nv_bfloat16* w_uk = nullptr;  // [num_heads, 128, 512]
     const __nv_bfloat16* w_uv = nullptr;  // [num_heads, 128, 512]
     float softmax_scale = 0;

@@ -10,8 +10,8 @@
 namespace latentd {
 namespace {
 
-constexpr int kLatents = 512;
-constexpr int kRope = 64;
+constexpr int kLatents = kMlaLatentDim;
+constexpr int kRope = kMlaRopeDim;
 
 std::vector<float> Floats(const std::vector<__nv_bfloat16>& values) {
   std::vector<float> floats(values.size());
@@ -54,13 +54,33 @@ absl::Status StepTrace::Rows(std::string_view name, int layer, const __nv_bfloat
   return absl::OkStatus();
 }
 
-absl::Status StepTrace::Cache(int layer, const __nv_bfloat16* cache) {
+absl::StatusOr<std::vector<float>> StepTrace::ReadCacheRow(const MlaCache& cache, int64_t slot) {
+  const auto at = [&](int64_t offset) {
+    return reinterpret_cast<const __nv_bfloat16*>(cache.data + offset);
+  };
+  if (cache.format == CacheFormat::kBf16) {
+    ASSIGN_OR_RETURN(const auto row, Read(at(MlaBf16Offset(slot)), kLatents + kRope));
+    return Floats(row);
+  }
+  ASSIGN_OR_RETURN(const auto latents, Read(cache.data + MlaFp8LatentsOffset(slot), kLatents));
+  ASSIGN_OR_RETURN(const auto rope, Read(at(MlaFp8RopeOffset(slot)), kRope));
+  ASSIGN_OR_RETURN(const auto scale,
+                   Read(reinterpret_cast<const float*>(cache.data + MlaFp8ScaleOffset(slot)), 1));
+  std::vector<float> row(kLatents);
+  std::transform(latents.begin(), latents.end(), row.begin(),
+                 [](std::byte bits) { return E4m3ToFloat(static_cast<uint8_t>(bits)); });
+  const std::vector<float> rope_floats = Floats(rope);
+  row.insert(row.end(), rope_floats.begin(), rope_floats.end());
+  for (float& value : row) value *= scale[0];
+  return row;
+}
+
+absl::Status StepTrace::Cache(int layer, const MlaCache& cache) {
   constexpr int kRow = kLatents + kRope;
   std::vector<float> rows(slots_.size() * kRow);
   for (size_t i = 0; i < slots_.size(); ++i) {
-    ASSIGN_OR_RETURN(const auto row, Read(cache + slots_[i] * kRow, kRow));
-    const std::vector<float> floats = Floats(row);
-    std::copy(floats.begin(), floats.end(), rows.begin() + i * kRow);
+    ASSIGN_OR_RETURN(const auto row, ReadCacheRow(cache, slots_[i]));
+    std::copy(row.begin(), row.end(), rows.begin() + i * kRow);
   }
   Report("c_kv", layer, rows, kLatents, kRow, plan_rows_);
   Report("k_pe", layer, absl::MakeConstSpan(rows).subspan(kLatents), kRope, kRow, plan_rows_);

@@ -12,6 +12,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
+#include "engine/cuda/kernels/mla_cache.h"
 #include "engine/cuda/kernels/moe.h"
 #include "engine/trace_sink.h"
 
@@ -37,7 +38,7 @@ class StepTrace {
   absl::Status Rows(std::string_view name, int layer, const __nv_bfloat16* data, int columns,
                     int64_t stride);
   // The latents and rope keys that the step has written.
-  absl::Status Cache(int layer, const __nv_bfloat16* cache);
+  absl::Status Cache(int layer, const MlaCache& cache);
   // `rows` tokens from the step's token `begin` on.
   absl::Status Experts(int layer, const MoeRouting& routing, int begin, int rows, int k);
   // The residual between a layer's halves, and behind it.
@@ -49,6 +50,7 @@ class StepTrace {
   absl::Status Logits(const float* logits, int begin, int rows, int vocab_size);
 
  private:
+  absl::StatusOr<std::vector<float>> ReadCacheRow(const MlaCache& cache, int64_t slot);
   template <typename T>
   absl::StatusOr<std::vector<T>> Read(const T* device, int64_t count);
   void Report(std::string_view name, int layer, absl::Span<const float> data, int columns,

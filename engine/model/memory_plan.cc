@@ -137,7 +137,8 @@ MemoryPlan MakeMemoryPlan(const ModelConfig& config, const MemoryPlanOptions& op
   VisitWeights(config, places, counter);
   for (int32_t i = 0; i < config.num_nextn_predict_layers; ++i) VisitMtpLayer(config, i, counter);
   plan.cache_bytes_per_token =
-      uint64_t{1} * config.num_hidden_layers * config.latent_dim() * options.cache_element_bytes;
+      static_cast<uint64_t>(config.num_hidden_layers) *
+      CacheTokenBytes(options.cache_format, config.kv_lora_rank, config.qk_rope_head_dim);
   plan.cache_bytes_per_block = plan.cache_bytes_per_token * kBlockSize;
   return plan;
 }

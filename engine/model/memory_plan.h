@@ -7,6 +7,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "engine/model/cache_format.h"
 #include "engine/model/config.h"
 #include "engine/model/layout.h"
 #include "engine/model/placement.h"
@@ -23,9 +24,9 @@ enum class WeightStorage {
 
 struct MemoryPlanOptions {
   WeightStorage weight_storage = WeightStorage::kAsStored;
-  int32_t cache_element_bytes = 4;  // 4: f32, 2: bf16
-  int32_t num_blocks = 0;           // KV cache blocks of kBlockSize tokens; >= 0
-  Placement placement = {};         // of the rank whose plan it is
+  CacheFormat cache_format = CacheFormat::kF32;
+  int32_t num_blocks = 0;    // KV cache blocks of kBlockSize tokens; >= 0
+  Placement placement = {};  // of the rank whose plan it is
 };
 
 // What serving a model takes of one rank, from its config alone: no weight is looked at. Bytes and

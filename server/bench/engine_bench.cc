@@ -68,6 +68,7 @@ class Bench {
       : model_(model),
         options_(options),
         roofline_(settings.kind == EngineKind::kCuda),
+        cache_(settings.cache_format == CacheFormat::kFp8 ? CacheFormat::kFp8 : CacheFormat::kBf16),
         engine_(engine),
         info_(engine->info()),
         out_(out),
@@ -146,8 +147,8 @@ class Bench {
                    {"p10", Rounded(1e3 * Percentile(times.seconds, 0.1))},
                    {"p90", Rounded(1e3 * Percentile(times.seconds, 0.9))}}},
                  {"tok_s", Rounded(batch / median)}};
-    AddRoofline(StepRoofline(model_, middle, kH100Peak).seconds(),
-                StepRoofline(model_, middle, kH100Reached).seconds(), median, &line);
+    AddRoofline(RooflineSeconds(middle, kH100Peak), RooflineSeconds(middle, kH100Reached), median,
+                &line);
     AddDevice(times, &line);
     return Finish(plan, std::move(line));
   }
@@ -168,8 +169,8 @@ class Bench {
         first = plans.front();
         steps = static_cast<int64_t>(plans.size());
         for (const StepPlan& plan : plans) {
-          floor += StepRoofline(model_, plan, kH100Peak).seconds();
-          reached += StepRoofline(model_, plan, kH100Reached).seconds();
+          floor += RooflineSeconds(plan, kH100Peak);
+          reached += RooflineSeconds(plan, kH100Reached);
         }
       }
       const double start = Seconds();
@@ -219,6 +220,10 @@ class Bench {
       busy.push_back(device->busy_seconds);
     }
   };
+
+  double RooflineSeconds(const StepPlan& plan, const DeviceRates& rates) const {
+    return StepRoofline(model_, plan, rates, cache_).seconds();
+  }
 
   // Tokens in the cache before the first step, so that the middle one has `context`.
   int32_t DecodeBegin(int32_t context) const {
@@ -362,6 +367,7 @@ class Bench {
   const ModelConfig& model_;
   const EngineBenchOptions& options_;
   const bool roofline_;
+  const CacheFormat cache_;
   Engine* const engine_;
   const EngineInfo info_;
   std::ostream& out_;

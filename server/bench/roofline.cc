@@ -34,8 +34,9 @@ double ExpectedExperts(int num_experts, int per_token, double num_tokens) {
   return num_experts * (1 - std::pow(missed, num_tokens));
 }
 
-Roofline StepRoofline(const ModelConfig& model, const StepPlan& plan, const DeviceRates& rates) {
-  const MemoryPlan memory = MakeMemoryPlan(model, {.cache_element_bytes = 2});
+Roofline StepRoofline(const ModelConfig& model, const StepPlan& plan, const DeviceRates& rates,
+                      CacheFormat cache) {
+  const MemoryPlan memory = MakeMemoryPlan(model, {.cache_format = cache});
   const bool fp8 = model.quantization.has_value();
   const double layers = model.num_hidden_layers;
   const double moe_layers = std::max(0, model.num_hidden_layers - model.first_k_dense_replace);

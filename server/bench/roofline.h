@@ -4,6 +4,7 @@
 #include <array>
 #include <string_view>
 
+#include "engine/model/cache_format.h"
 #include "engine/model/config.h"
 #include "engine/step.h"
 
@@ -35,8 +36,8 @@ inline constexpr DeviceRates kH100Reached = {.weight_bytes = 2.4e12,
 // that it must read once from memory, or by its arithmetic. T tokens, of S sequences that draw:
 //
 //   attention projections  all of self_attn, kv_b_proj in bf16 (it is split for absorption)
-//   attention              bytes: each sequence's cache, 2 latent_dim a token and layer. FLOPs:
-//   with
+//   attention              bytes: each sequence's cache (bf16: 2 latent_dim a token and layer).
+//   FLOPs: with
 //                          P pairs of a query and a key that it sees, and C keys in all, the
 //                          smaller of absorbed, 2 heads P (latent_dim + kv_lora_rank) + 2 T kv_b,
 //                          and direct, 2 heads P (qk_head_dim + v_head_dim) + 2 C kv_b, a layer
@@ -60,7 +61,8 @@ struct Roofline {
 
   double seconds() const;
 };
-Roofline StepRoofline(const ModelConfig& model, const StepPlan& plan, const DeviceRates& rates);
+Roofline StepRoofline(const ModelConfig& model, const StepPlan& plan, const DeviceRates& rates,
+                      CacheFormat cache = CacheFormat::kBf16);
 
 // The distinct experts of `num_experts` that `num_tokens` tokens hit, each choosing `per_token` of
 // them evenly: the expected number.

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "absl/types/span.h"
+#include "engine/cuda/kernels/mla_cache.h"
 
 namespace latentd {
 
@@ -50,9 +51,9 @@ class MlaDecodePlanner {
 };
 
 struct MlaDecodeArgs {
-  const __nv_bfloat16* q = nullptr;      // [num_queries, num_heads, 576], rope applied, not scaled
-  const __nv_bfloat16* cache = nullptr;  // [num_blocks, 64, 576] of this layer
-  const int32_t* blocks = nullptr;  // [sum of blocks] tables of the sequences, one after the other
+  const __nv_bfloat16* q = nullptr;  // [num_queries, num_heads, 576], rope applied, not scaled
+  MlaCache cache;                    // of this layer
+  const int32_t* blocks = nullptr;   // [sum of blocks] tables of the sequences, one after the other
   const int32_t* block_begin = nullptr;  // [num_sequences] where each one's begins
   const int32_t* plan = nullptr;         // on the device
   // Zeroed before the first launch; a launch leaves its counters zero. One launch at a time.

@@ -12,12 +12,45 @@
 namespace latentd {
 namespace {
 
-constexpr int kLatentDim = 512;
+constexpr int kLatentDim = kMlaLatentDim;
 constexpr int kLatentGroups = kLatentDim / kQuantGroup;
-constexpr int kCacheRow = kLatentDim + kRopeDim;
+constexpr int kKeyDim = kLatentDim + kRopeDim;
 constexpr int kMaxWarps = 32;
 constexpr int kMaxQueryGroups = kMaxWarps - kLatentGroups - 1;
 static_assert(kMaxQueryGroups * kQuantGroup == kMaxQLoraRank);
+
+// The scale of a token's row in an FP8 cache, of its normed latents' largest magnitude: not a
+// number when a latent is none, which FP8 alone would hide.
+__device__ __forceinline__ float CacheScale(const float* group_maxima, float factor) {
+  float amax = group_maxima[0];
+#pragma unroll
+  for (int group = 1; group < kLatentGroups; ++group) amax = fmaxf(amax, group_maxima[group]);
+  amax *= factor;
+  return isnan(amax) ? amax : GroupScale(amax, /*power_of_two=*/true);
+}
+
+// A warp has the rotated dims of a token, or four columns a lane of its latents.
+__device__ __forceinline__ void StoreCacheRope(const MlaCache& cache, int64_t slot,
+                                               const RopePair& pair, float scale) {
+  if (cache.format == CacheFormat::kBf16) {
+    StorePair(pair,
+              reinterpret_cast<__nv_bfloat16*>(cache.data + MlaBf16Offset(slot)) + kLatentDim);
+    return;
+  }
+  StorePair(pair, reinterpret_cast<__nv_bfloat16*>(cache.data + MlaFp8RopeOffset(slot)), 1 / scale);
+  if (threadIdx.x % 32 == 0)
+    *reinterpret_cast<float*>(cache.data + MlaFp8ScaleOffset(slot)) = scale;
+}
+__device__ __forceinline__ void StoreCacheLatents(const MlaCache& cache, int64_t slot, int column,
+                                                  float4 v, float scale) {
+  if (cache.format == CacheFormat::kBf16) {
+    *reinterpret_cast<uint2*>(cache.data + MlaBf16Offset(slot) + 2 * column) = PackBf16(v);
+    return;
+  }
+  const float inverse = 1 / scale;
+  *reinterpret_cast<uint32_t*>(cache.data + MlaFp8LatentsOffset(slot) + column) =
+      PackFp8({v.x * inverse, v.y * inverse, v.z * inverse, v.w * inverse});
+}
 
 // A block takes kTokens tokens; its warps are num_query_groups for q_a's groups of 128 columns,
 // four for the latents', and one for the key's rope dims.
@@ -25,6 +58,7 @@ template <int kTokens, int kWarps, int kBlocks>
 __global__ void __launch_bounds__(kWarps * 32, kBlocks)
     NormLatentsKernel(const __grid_constant__ LatentArgs args, const int num_query_groups) {
   __shared__ float group_sums[kTokens][kWarps];
+  __shared__ float group_maxima[kTokens][kLatentGroups];  // of latents times weights
   LetNextBegin();
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
@@ -43,7 +77,7 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks)
   WaitForPrevious();
 
   // All that is read, before anything is written: the compiler keeps to that order.
-  const int64_t stride = args.q_dim + kCacheRow;
+  const int64_t stride = args.q_dim + kKeyDim;
   float4 values[kTokens];
   int64_t slots[kTokens];
   int positions[kTokens];
@@ -59,8 +93,9 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks)
     if (!is_query) slots[i] = args.slots[token];
     if (is_rope) positions[i] = args.positions[token];
   }
+  const bool fp8 = args.cache.format == CacheFormat::kFp8;
+  RopePair pairs[kTokens];
   if (is_rope) {
-    RopePair pairs[kTokens];
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
       if (slots[i] >= 0) {
@@ -68,18 +103,17 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks)
                             args.qkv_a + (first_token + i) * stride + args.q_dim + kLatentDim);
       }
     }
-#pragma unroll
-    for (int i = 0; i < kTokens; ++i)
-      if (slots[i] >= 0) StorePair(pairs[i], args.cache + slots[i] * kCacheRow + kLatentDim);
   } else {
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
       const float sum = GroupSquareSum(values[i]);
       if (lane == 0) group_sums[i][warp] = sum;
+      if (is_query || !fp8) continue;
+      const float amax = WarpAbsMax(Normed(values[i], 1, weight));
+      if (lane == 0) group_maxima[i][group] = amax;
     }
   }
   __syncthreads();
-  if (is_rope) return;
 
   const int first_warp = is_query ? 0 : num_query_groups;
   const int num_warps = is_query ? num_query_groups : kLatentGroups;
@@ -90,12 +124,19 @@ __global__ void __launch_bounds__(kWarps * 32, kBlocks)
 #pragma unroll
   for (int i = 0; i < kTokens; ++i) {
     const int64_t token = first_token + i;
-    const float4 v = Normed(values[i], factors[i], weight);
     if (is_query) {
-      if (token < args.num_tokens)
-        StoreGroup(args.q_out, token, args.q_dim, group, v, args.power_of_two_scales);
-    } else if (slots[i] >= 0) {
-      *reinterpret_cast<uint2*>(args.cache + slots[i] * kCacheRow + column) = PackBf16(v);
+      if (token < args.num_tokens) {
+        StoreGroup(args.q_out, token, args.q_dim, group, Normed(values[i], factors[i], weight),
+                   args.power_of_two_scales);
+      }
+      continue;
+    }
+    if (slots[i] < 0) continue;
+    const float scale = fp8 ? CacheScale(group_maxima[i], factors[i]) : 1;
+    if (is_rope) {
+      StoreCacheRope(args.cache, slots[i], pairs[i], scale);
+    } else {
+      StoreCacheLatents(args.cache, slots[i], column, Normed(values[i], factors[i], weight), scale);
     }
   }
 }
@@ -142,7 +183,8 @@ cudaError_t NormLatents(const LatentArgs& args, cudaStream_t stream) {
   const bool has_query = args.q_a_layernorm != nullptr;
   if (args.num_tokens < 0 || args.q_dim <= 0 || args.q_dim % 8 != 0 || args.qkv_a == nullptr ||
       args.kv_a_layernorm == nullptr || !IsSet(args.rope) || args.positions == nullptr ||
-      args.slots == nullptr || args.cache == nullptr ||
+      args.slots == nullptr || args.cache.data == nullptr ||
+      args.cache.format == CacheFormat::kF32 ||
       (has_query && (args.q_dim > kMaxQueryGroups * kQuantGroup ||
                      !CanStore(args.q_out, args.num_tokens, args.q_dim)))) {
     return cudaErrorInvalidValue;

@@ -20,6 +20,10 @@ constexpr int kMinPart = 2;  // blocks
 constexpr int kInvariantBlocks = 8;
 constexpr int kInvariantParts = 16;
 
+// Up to so many parts on average, those who have them merge them while others still compute; more
+// are merged sooner by a kernel of its own, which has all multiprocessors.
+constexpr int kPartsMergedByWorkers = 12;
+
 struct Unit {
   MlaPlanItem item;  // with all its blocks
 
@@ -161,7 +165,8 @@ int64_t MaxSlots(const MlaDecodePlanner::Options& options) {
 MlaDecodePlanner::MlaDecodePlanner(const Options& options) : options_(options) {}
 
 size_t MlaDecodePlanner::plan_capacity() const {
-  return kMlaHeaderWords + (NumWorkers(options_) + MaxItems(options_)) * kMlaItemWords;
+  return kMlaHeaderWords + (NumWorkers(options_) + MaxItems(options_)) * kMlaItemWords +
+         MaxSlots(options_) / 2 * kMlaMergeWords;
 }
 
 size_t MlaDecodePlanner::workspace_bytes() const {
@@ -181,17 +186,26 @@ void MlaDecodePlanner::Plan(absl::Span<const MlaSequence> sequences,
   });
   std::vector<int> num_parts(units.size());
   for (const Part& part : parts) ++num_parts[part.unit];
+  const bool merge_apart =
+      !options_.batch_invariant && parts.size() > units.size() * kPartsMergedByWorkers;
   std::vector<MlaPlanItem> items(num_workers);
+  std::vector<MlaPlanMerge> merges;
   std::vector<int> last(num_workers, -1);  // item of each worker
   int num_slots = 0, part_of_unit = 0;
   for (const Part& part : parts) {
-    part_of_unit = part.block_begin == 0 ? 0 : part_of_unit + 1;
     MlaPlanItem item = units[part.unit].item;
     item.block_begin = part.block_begin;
     item.block_end = part.block_end;
-    item.num_parts = num_parts[part.unit];
-    item.part = part_of_unit;
-    if (item.num_parts > 1) item.first_slot = num_slots++ - item.part;
+    if (num_parts[part.unit] > 1) {
+      part_of_unit = part.block_begin == 0 ? 0 : part_of_unit + 1;
+      item.slot = num_slots++;
+      item.part = part_of_unit;
+      if (!merge_apart) {
+        item.num_parts = num_parts[part.unit];
+      } else if (item.part == 0) {
+        merges.push_back({item.row, item.num_rows, item.slot, num_parts[part.unit]});
+      }
+    }
     int& previous = last[part.worker];
     if (previous < 0) {
       previous = part.worker;
@@ -206,9 +220,11 @@ void MlaDecodePlanner::Plan(absl::Span<const MlaSequence> sequences,
   plan->clear();
   plan->reserve(plan_capacity());
   const MlaPlanHeader header = {num_workers, static_cast<int32_t>(items.size()),
-                                static_cast<int32_t>(MaxSlots(options_)), 0};
+                                static_cast<int32_t>(MaxSlots(options_)),
+                                static_cast<int32_t>(merges.size())};
   Append(&header, kMlaHeaderWords, plan);
   for (const MlaPlanItem& item : items) Append(&item, kMlaItemWords, plan);
+  for (const MlaPlanMerge& merge : merges) Append(&merge, kMlaMergeWords, plan);
 }
 
 }  // namespace latentd

@@ -1,16 +1,18 @@
 // The steps around the attention of long chunks. Both kernels are bound by bytes: a gathered key is
 // 1.1 KB read and 1 KB + 128 B a head written, a merged row 516 B read and 260 B written.
 
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+
 #include "engine/cuda/kernels/launch.cuh"
 #include "engine/cuda/kernels/mla_prefill.h"
 
 namespace latentd {
 namespace {
 
-constexpr int kBlockTokens = 64;  // of the cache
-constexpr int kLatentDim = 512;
-constexpr int kRopeDim = 64;
-constexpr int kCacheDim = kLatentDim + kRopeDim;
+constexpr int kBlockTokens = kMlaBlockKeys;
+constexpr int kLatentDim = kMlaLatentDim;
+constexpr int kRopeDim = kMlaRopeDim;
 constexpr int kNopeDim = 128;
 constexpr int kKeyDim = kNopeDim + kRopeDim;
 constexpr int kValueDim = 128;
@@ -35,6 +37,58 @@ __device__ const PrefillKeys& FindSequence(const PrefillKeys* __restrict__ seque
   return sequences[low];
 }
 
+// 8 elements, `scale` times what is stored: exactly, as it is a power of two.
+__device__ uint4 WidenFp8(uint2 stored, float scale) {
+  const auto widen = [scale](uint32_t pair) {
+    const __half2 half(
+        __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3));
+    const float2 value = __half22float2(half);
+    const __nv_bfloat162 wide = __floats2bfloat162_rn(value.x * scale, value.y * scale);
+    return reinterpret_cast<const uint32_t&>(wide);
+  };
+  return make_uint4(widen(stored.x & 0xffff), widen(stored.x >> 16), widen(stored.y & 0xffff),
+                    widen(stored.y >> 16));
+}
+__device__ uint4 ScaleBf16(uint4 stored, float scale) {
+  const auto times = [scale](uint32_t pair) {
+    const float2 value = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
+    const __nv_bfloat162 scaled = __floats2bfloat162_rn(value.x * scale, value.y * scale);
+    return reinterpret_cast<const uint32_t&>(scaled);
+  };
+  return make_uint4(times(stored.x), times(stored.y), times(stored.z), times(stored.w));
+}
+
+// A token's row of the cache in bf16, in pieces of 8 elements. slot < 0: zeros.
+class CacheRow {
+ public:
+  __device__ CacheRow(const MlaCache& cache, int64_t slot)
+      : cache_(cache), slot_(slot), fp8_(cache.format == CacheFormat::kFp8) {
+    if (fp8_ && slot >= 0)
+      scale_ = *reinterpret_cast<const float*>(cache.data + MlaFp8ScaleOffset(slot));
+  }
+  __device__ uint4 Latents(int piece) const {
+    if (slot_ < 0) return make_uint4(0, 0, 0, 0);
+    if (!fp8_) return Bf16(MlaBf16Offset(slot_), piece);
+    return WidenFp8(reinterpret_cast<const uint2*>(cache_.data + MlaFp8LatentsOffset(slot_))[piece],
+                    scale_);
+  }
+  __device__ uint4 Rope(int piece) const {
+    if (slot_ < 0) return make_uint4(0, 0, 0, 0);
+    if (!fp8_) return Bf16(MlaBf16Offset(slot_), kLatentVectors + piece);
+    return ScaleBf16(Bf16(MlaFp8RopeOffset(slot_), piece), scale_);
+  }
+
+ private:
+  __device__ uint4 Bf16(int64_t offset, int piece) const {
+    return reinterpret_cast<const uint4*>(cache_.data + offset)[piece];
+  }
+
+  const MlaCache cache_;
+  const int64_t slot_;
+  const bool fp8_;
+  float scale_ = 1;
+};
+
 // One thread block a row.
 __global__ void __launch_bounds__(kGatherThreads)
     GatherLatentsKernel(const GatherLatentsArgs args) {
@@ -43,23 +97,22 @@ __global__ void __launch_bounds__(kGatherThreads)
   const int row = static_cast<int>(blockIdx.x);
   const PrefillKeys& sequence = FindSequence(args.sequences, args.num_sequences, row);
   const int index = row - sequence.row_begin;
-  const uint4* from = nullptr;
+  int64_t slot = -1;
   if (index < sequence.num_keys) {
     const int key = args.key_offset + sequence.first_key + index;
     const int64_t block = args.blocks[sequence.block_begin + key / kBlockTokens];
-    from = reinterpret_cast<const uint4*>(args.cache +
-                                          (block * kBlockTokens + key % kBlockTokens) * kCacheDim);
+    slot = block * kBlockTokens + key % kBlockTokens;
   }
-  const auto load = [&](int i) { return from == nullptr ? make_uint4(0, 0, 0, 0) : from[i]; };
+  const CacheRow from(args.cache, slot);
 
   uint4* latents = reinterpret_cast<uint4*>(args.latents + int64_t{row} * kLatentDim);
   for (int i = static_cast<int>(threadIdx.x); i < kLatentVectors; i += kGatherThreads) {
-    latents[i] = load(i);
+    latents[i] = from.Latents(i);
   }
   // Each thread has the same piece of the rope key for all of its heads.
   static_assert(kGatherThreads % kRopeVectors == 0);
   const int piece = static_cast<int>(threadIdx.x) % kRopeVectors;
-  const uint4 rope = load(kLatentVectors + piece);
+  const uint4 rope = from.Rope(piece);
   uint4* keys =
       reinterpret_cast<uint4*>(args.keys + int64_t{row} * args.num_heads * kKeyDim + kNopeDim) +
       piece;
@@ -103,7 +156,8 @@ __global__ void __launch_bounds__(kMergeThreads)
 }  // namespace
 
 cudaError_t GatherLatents(const GatherLatentsArgs& args, cudaStream_t stream) {
-  if (args.num_rows < 1 || args.num_heads < 1 || args.num_sequences < 1) {
+  if (args.num_rows < 1 || args.num_heads < 1 || args.num_sequences < 1 ||
+      args.cache.format == CacheFormat::kF32) {
     return cudaErrorInvalidValue;
   }
   return Launch(GatherLatentsKernel,

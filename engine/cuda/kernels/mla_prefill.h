@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "engine/cuda/kernels/mla_cache.h"
+
 namespace latentd {
 
 // The kernels of MlaPrefill (engine/cuda/mla_prefill.h): a bounded number of keys and values, a
@@ -26,8 +28,8 @@ struct PrefillKeys {
 struct GatherLatentsArgs {
   int num_rows = 0;  // of the part
   int num_heads = 0;
-  const __nv_bfloat16* cache = nullptr;  // [num_blocks, 64, 576]
-  const int32_t* blocks = nullptr;       // tables of the sequences
+  MlaCache cache;
+  const int32_t* blocks = nullptr;  // tables of the sequences
   const PrefillKeys* sequences =
       nullptr;  // [num_sequences], on the device; row_begin ascends from 0
   int num_sequences = 0;

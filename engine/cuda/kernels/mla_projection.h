@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "engine/cuda/kernels/mla_cache.h"
 #include "engine/cuda/kernels/tensors.h"
 
 namespace latentd {
@@ -36,7 +37,7 @@ struct LatentArgs {
   const int32_t* positions = nullptr;  // [num_tokens]
   // [num_tokens] row of the cache: block * 64 + offset; < 0: not written.
   const int64_t* slots = nullptr;
-  __nv_bfloat16* cache = nullptr;  // [num_blocks * 64, 576] of this layer
+  MlaCache cache;  // of this layer
   bool power_of_two_scales = false;
   LinearInput q_out;  // [num_tokens, q_lora_rank]
 };

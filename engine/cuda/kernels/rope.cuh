@@ -31,12 +31,15 @@ __device__ __forceinline__ RopePair LoadPair(const RopeTable& rope, int64_t posi
   return pair;
 }
 
-__device__ __forceinline__ void StorePair(const RopePair& pair, __nv_bfloat16* out) {
+// `factor`, a power of two, takes nothing from the rounding.
+__device__ __forceinline__ void StorePair(const RopePair& pair, __nv_bfloat16* out,
+                                          float factor = 1) {
   const int lane = threadIdx.x % 32;
   const float a = __bfloat162float(pair.x.x), b = __bfloat162float(pair.x.y);
   // Spelt out: left to the compiler, which product is rounded differs from kernel to kernel.
-  out[lane] = __float2bfloat16_rn(fmaf(a, pair.cos, -__fmul_rn(b, pair.sin)));
-  out[kRopeDim / 2 + lane] = __float2bfloat16_rn(fmaf(b, pair.cos, __fmul_rn(a, pair.sin)));
+  out[lane] = __float2bfloat16_rn(factor * fmaf(a, pair.cos, -__fmul_rn(b, pair.sin)));
+  out[kRopeDim / 2 + lane] =
+      __float2bfloat16_rn(factor * fmaf(b, pair.cos, __fmul_rn(a, pair.sin)));
 }
 
 inline bool IsSet(const RopeTable& rope) { return rope.cos != nullptr && rope.sin != nullptr; }

@@ -35,8 +35,13 @@ const LoadedModel& Demo() {
   return *model;
 }
 
-Runner DemoReference() {
-  return Runner(Demo(), {.num_threads = 8, .num_blocks = 64, .quantize_activations = true});
+constexpr CacheFormat kFormats[] = {CacheFormat::kBf16, CacheFormat::kFp8};
+
+Runner DemoReference(CacheFormat format = CacheFormat::kBf16) {
+  return Runner(Demo(), {.num_threads = 8,
+                         .num_blocks = 64,
+                         .quantize_activations = true,
+                         .quantize_cache = format == CacheFormat::kFp8});
 }
 
 CudaRunner DemoRunner(CudaEngineOptions options = {}) {
@@ -46,13 +51,15 @@ CudaRunner DemoRunner(CudaEngineOptions options = {}) {
   return CudaRunner(Demo().config, kDemoModel, LoadFormat::kSafetensors, options);
 }
 
-std::unique_ptr<CudaEngine> DemoEngine(int max_graph_sequences, bool batch_invariant = false) {
+std::unique_ptr<CudaEngine> DemoEngine(int max_graph_sequences, bool batch_invariant = false,
+                                       CacheFormat format = CacheFormat::kBf16) {
   return MakeCudaEngine(Demo().config, kDemoModel, LoadFormat::kSafetensors,
                         {.num_blocks = 64,
                          .max_step_tokens = 1024,
                          .max_sequences = 16,
                          .max_graph_sequences = max_graph_sequences,
-                         .batch_invariant = batch_invariant});
+                         .batch_invariant = batch_invariant,
+                         .cache_format = format});
 }
 
 // Two sequences: 70 tokens from nothing in blocks 3, 1, and 2 tokens in block 5.
@@ -135,29 +142,35 @@ TEST_F(CudaEngineTest, NamesTheSequenceThatCannotBeSampled) {
 }
 
 // A cache row that nobody has written holds NaN.
+// It reads rows that no token has written.
 TEST_F(CudaEngineTest, NamesTheSequenceWhoseLogitsAreNotFinite) {
-  auto engine = DemoEngine(4);
-  StepPlan plan = GoodPlan();
-  plan.sequences[1].num_computed_tokens = 10;
-  const auto result = engine->Execute(plan);
-  EXPECT_EQ(result.status().code(), absl::StatusCode::kInternal);
-  EXPECT_THAT(std::string(result.status().message()),
-              HasSubstr("sequence 2: a logit is not finite"));
-  EXPECT_FALSE(engine->lost());
-  EXPECT_TRUE(engine->Execute(GoodPlan()).ok());
+  for (const CacheFormat format : kFormats) {
+    auto engine = DemoEngine(4, false, format);
+    StepPlan plan = GoodPlan();
+    plan.sequences[1].num_computed_tokens = 10;
+    const auto result = engine->Execute(plan);
+    EXPECT_EQ(result.status().code(), absl::StatusCode::kInternal);
+    EXPECT_THAT(std::string(result.status().message()),
+                HasSubstr("sequence 2: a logit is not finite"));
+    EXPECT_FALSE(engine->lost());
+    EXPECT_TRUE(engine->Execute(GoodPlan()).ok());
+  }
 }
 
 TEST_F(CudaEngineTest, EveryChunkSizeIsTheCpuEngine) {
   // The classes: one token, absorbed chunks, expanded ones, more than a tile of cuBLAS.
   const std::vector<TokenId> tokens = SomeTokens(300, 4096, 3);
-  Runner reference = DemoReference();
-  const std::vector<float> expected = reference.Prefill(tokens, 300, 1);
-  CudaRunner runner = DemoRunner();
-  for (int chunk : {1, 7, 64, 128, 129, 200, 300}) {
-    const Distance distance = DistanceOf(runner.Prefill(tokens, chunk), expected);
-    std::printf("chunk %3d: relative %.4f, largest %.4f of rms\n", chunk, distance.relative,
-                distance.largest);
-    EXPECT_LE(distance.relative, kDemoDistance) << "chunk " << chunk;
+  for (const CacheFormat format : kFormats) {
+    Runner reference = DemoReference(format);
+    const std::vector<float> expected = reference.Prefill(tokens, 300, 1);
+    CudaRunner runner = DemoRunner({.cache_format = format});
+    for (int chunk : {1, 7, 64, 128, 129, 200, 300}) {
+      const Distance distance = DistanceOf(runner.Prefill(tokens, chunk), expected);
+      std::printf("%s cache, chunk %3d: relative %.4f, largest %.4f of rms\n",
+                  format == CacheFormat::kFp8 ? "fp8" : "bf16", chunk, distance.relative,
+                  distance.largest);
+      EXPECT_LE(distance.relative, kDemoDistance) << "chunk " << chunk;
+    }
   }
 }
 
@@ -225,9 +238,8 @@ TEST_F(CudaEngineTest, TheSameStepsGiveTheSameBits) {
   for (int i = 0; i < 5; ++i) EXPECT_TRUE(SameBits(runner.Prefill(tokens, 200), first));
 }
 
-// With batch_invariant a decoding sequence does not see its neighbours, bit for bit.
-TEST_F(CudaEngineTest, BatchInvariance) {
-  CudaRunner runner = DemoRunner({.batch_invariant = true});
+void ExpectBatchInvariance(CacheFormat format) {
+  CudaRunner runner = DemoRunner({.batch_invariant = true, .cache_format = format});
   std::vector<Runner::Part> parts;
   for (int i = 0; i < 13; ++i) {
     const std::vector<TokenId> tokens = SomeTokens(3 + 17 * i, 4096, 20 + i);
@@ -247,6 +259,11 @@ TEST_F(CudaEngineTest, BatchInvariance) {
          parts[i]});
     EXPECT_TRUE(SameBits({mixed.begin() + 4096, mixed.end()}, row)) << "sequence " << i;
   }
+}
+
+// With batch_invariant a decoding sequence does not see its neighbours, bit for bit.
+TEST_F(CudaEngineTest, BatchInvariance) {
+  for (const CacheFormat format : kFormats) ExpectBatchInvariance(format);
 }
 
 // Prompts, then `steps` decode steps drawn at temperature 1; every token.
@@ -285,8 +302,11 @@ std::vector<TokenId> Generate(CudaEngine& engine, const std::vector<int>& length
 
 // Graphs are padded: 5 sequences run as 8.
 TEST_F(CudaEngineTest, GraphsGiveWhatEagerStepsGive) {
-  for (bool batch_invariant : {false, true}) {
-    auto eager = DemoEngine(0, batch_invariant), graphs = DemoEngine(16, batch_invariant);
+  for (const auto& [batch_invariant, format] :
+       {std::pair{false, CacheFormat::kBf16}, std::pair{true, CacheFormat::kBf16},
+        std::pair{false, CacheFormat::kFp8}}) {
+    auto eager = DemoEngine(0, batch_invariant, format);
+    auto graphs = DemoEngine(16, batch_invariant, format);
     for (const std::vector<int>& lengths :
          {std::vector<int>{40}, {3, 70}, {5, 64, 130, 1, 63}, std::vector<int>(13, 33)}) {
       SCOPED_TRACE(lengths.size());
@@ -337,6 +357,7 @@ nlohmann::json SmallConfig() {
 struct Variant {
   const char* name;
   const char* changes;  // a JSON object; null takes a field out
+  CacheFormat cache = CacheFormat::kBf16;
 };
 
 class CudaVariantTest : public DeviceTest, public ::testing::WithParamInterface<Variant> {};
@@ -348,9 +369,13 @@ TEST_P(CudaVariantTest, IsTheCpuEngine) {
   ASSERT_TRUE(config.ok()) << config.status();
   auto weights = LoadWeights(*config, "", LoadFormat::kDummy, nullptr);
   ASSERT_TRUE(weights.ok()) << weights.status();
-  EngineComparison comparison(
-      *config, *weights, "", LoadFormat::kDummy,
-      {.num_blocks = 16, .max_step_tokens = 512, .max_sequences = 4, .max_model_len = 1024}, 8);
+  EngineComparison comparison(*config, *weights, "", LoadFormat::kDummy,
+                              {.num_blocks = 16,
+                               .max_step_tokens = 512,
+                               .max_sequences = 4,
+                               .max_model_len = 1024,
+                               .cache_format = GetParam().cache},
+                              8);
   // A long chunk, a short one, single tokens.
   const std::vector<TokenId> tokens = SomeTokens(240, 512, 8);
   for (int at = 0; at < 240;) {
@@ -367,6 +392,8 @@ INSTANTIATE_TEST_SUITE_P(
     , CudaVariantTest,
     ::testing::Values(
         Variant{"base", "{}"}, Variant{"bf16", R"({"quantization_config": null})"},
+        Variant{"fp8_cache", "{}", CacheFormat::kFp8},
+        Variant{"bf16_fp8_cache", R"({"quantization_config": null})", CacheFormat::kFp8},
         Variant{"no_shared_experts", R"({"n_shared_experts": 0})"},
         Variant{"two_shared_experts", R"({"n_shared_experts": 2})"},
         Variant{"all_dense", R"({"first_k_dense_replace": 3})"},
@@ -383,7 +410,7 @@ INSTANTIATE_TEST_SUITE_P(
     [](const auto& info) { return std::string(info.param.name); });
 
 // A model of DeepSeek-V3's own dims: one dense and one MoE layer.
-TEST_F(CudaEngineTest, RealDimsAreTheCpuEngine) {
+void ExpectRealDimsAreTheCpuEngine(CacheFormat format, const std::vector<int>& batches) {
   nlohmann::json json;
   std::FILE* in = std::fopen("deploy/configs/shard16.json", "rb");
   ASSERT_NE(in, nullptr);
@@ -401,9 +428,10 @@ TEST_F(CudaEngineTest, RealDimsAreTheCpuEngine) {
                               {.num_blocks = 64 * kBlocks,
                                .max_step_tokens = 1024,
                                .max_sequences = 64,
-                               .max_model_len = 1024},
+                               .max_model_len = 1024,
+                               .cache_format = format},
                               16);
-  for (int batch : {1, 5, 64}) {
+  for (int batch : batches) {
     // Chunks of 200 and 100 of one prompt; the others are short.
     std::vector<int> lengths(batch, 20);
     lengths[0] = kPrompt;
@@ -429,6 +457,13 @@ TEST_F(CudaEngineTest, RealDimsAreTheCpuEngine) {
     comparison.Check(absl::StrCat("real dims, decode of batch ", batch), 0.01);
     comparison.Clear();
   }
+}
+
+TEST_F(CudaEngineTest, RealDimsAreTheCpuEngine) {
+  ExpectRealDimsAreTheCpuEngine(CacheFormat::kBf16, {1, 5, 64});
+}
+TEST_F(CudaEngineTest, RealDimsWithAnFp8CacheAreTheCpuEngine) {
+  ExpectRealDimsAreTheCpuEngine(CacheFormat::kFp8, {5});
 }
 
 }  // namespace

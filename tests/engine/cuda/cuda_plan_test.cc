@@ -44,6 +44,15 @@ TEST(CudaMemoryPlanTest, Shard16HasRoomForManyTokens) {
   std::printf("%s", plan->ToString().c_str());
 }
 
+TEST(CudaMemoryPlanTest, AnFp8CacheHoldsMoreTokens) {
+  const ModelConfig config = Load("deploy/configs/shard16.json");
+  const auto bf16 = PlanCudaMemory(config, {}, kH100Bytes);
+  const auto fp8 = PlanCudaMemory(config, {.cache_format = CacheFormat::kFp8}, kH100Bytes);
+  ASSERT_TRUE(bf16.ok() && fp8.ok()) << bf16.status() << fp8.status();
+  EXPECT_EQ(fp8->cache_per_block, 61u * 64 * (512 + 2 * 64 + 4));
+  EXPECT_GE(fp8->num_blocks, bf16->num_blocks * 178 / 100) << fp8->ToString();
+}
+
 TEST(CudaMemoryPlanTest, MoreTokensAStepTakeMoreWorkspace) {
   const ModelConfig config = Load("deploy/configs/shard16.json");
   uint64_t before = 0;
@@ -103,6 +112,7 @@ TEST(CudaMemoryPlanTest, WrongOptionsAreNamed) {
       {{.max_model_len = -1}, "max_model_len: -1"},
       {{.max_model_len = 8193}, "max_model_len: 8193; the model's max_position_embeddings is 8192"},
       {{.max_graph_sequences = -1}, "max_graph_sequences: -1"},
+      {{.cache_format = CacheFormat::kF32}, "cache_format: f32; possible are bf16 and fp8"},
       {{.placement = Placement{.rank = 0, .world_size = 0}}, "world_size: 0; the least is 1"},
       {{.placement = Placement{.rank = 4, .world_size = 4}}, "rank: 4; the most is 3"},
   };

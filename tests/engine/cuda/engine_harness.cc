@@ -74,7 +74,8 @@ EngineComparison::EngineComparison(const ModelConfig& config, const ModelWeights
                                   .num_blocks = options.num_blocks,
                                   .max_step_tokens = options.max_step_tokens,
                                   .max_positions = options.max_model_len,
-                                  .quantize_activations = true}),
+                                  .quantize_activations = true,
+                                  .quantize_cache = options.cache_format == CacheFormat::kFp8}),
       cuda_(config, dir, format, options) {}
 
 void EngineComparison::Step(const std::vector<Runner::Part>& parts) {

@@ -47,7 +47,8 @@ std::unique_ptr<CudaEngine> MakeCudaEngine(const ModelConfig& config,
 
 std::vector<TokenId> SomeTokens(int count, int vocab_size, uint32_t seed);
 
-// The CUDA engine beside the CPU engine with FP8 activations (the oracle) and with exact ones.
+// The CUDA engine beside the CPU engine with FP8 activations, and the cache rounded as the CUDA
+// engine holds it (the oracle), and beside the exact CPU engine.
 //
 // Rounding an activation to e4m3 is discontinuous: an input that another order of a sum has moved a
 // little takes the neighbouring number now and then, a step of 2^-4, and after two or three

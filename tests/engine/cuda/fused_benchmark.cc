@@ -134,7 +134,7 @@ void BenchmarkProjections(const char* filter, Buffers& b) {
     latents.rope = b.rope();
     latents.positions = b.positions.get();
     latents.slots = b.slots.get();
-    latents.cache = b.cache.get();
+    latents.cache = {reinterpret_cast<std::byte*>(b.cache.get()), CacheFormat::kBf16};
     latents.q_out = b.Out(false);
     Report(filter, "NormLatents" + suffix, tokens * (3.0 * kQueryRank + 4 * 576), 0,
            [&](int, cudaStream_t stream) { return NormLatents(latents, stream); });

@@ -7,6 +7,7 @@
 
 #include "engine/cuda/kernels/mla_decode.h"
 #include "tests/engine/cuda/device_test.h"
+#include "tests/engine/cuda/mla_cache_data.h"
 
 namespace latentd {
 namespace {
@@ -22,7 +23,8 @@ struct Step {
   int num_heads = 0;
   std::vector<MlaSequence> sequences;
   std::vector<int32_t> blocks, block_begin;
-  std::vector<__nv_bfloat16> cache, q;
+  HostMlaCache cache;
+  std::vector<__nv_bfloat16> q;
   float softmax_scale = 0.1352337788608801f;  // 192^-0.5 mscale^2, DeepSeek-V3's
 
   int num_queries() const {
@@ -30,20 +32,15 @@ struct Step {
     for (const MlaSequence& s : sequences) sum += s.num_queries;
     return sum;
   }
-  const __nv_bfloat16* Key(int sequence, int key) const {
-    const int block = blocks[block_begin[sequence] + key / kBlockKeys];
-    return cache.data() + (int64_t{block} * kBlockKeys + key % kBlockKeys) * kKeyDim;
+  HostMlaCache::Row Key(int sequence, int key) const {
+    const int64_t block = blocks[block_begin[sequence] + key / kBlockKeys];
+    return cache.Get(block * kBlockKeys + key % kBlockKeys);
   }
 };
 
-__nv_bfloat16 NaN() {
-  const uint16_t bits = 0xffff;
-  __nv_bfloat16 value;
-  std::memcpy(static_cast<void*>(&value), &bits, sizeof(value));
-  return value;
-}
-
-Step MakeStep(int num_heads, std::vector<MlaSequence> sequences, uint32_t seed, float q_size = 1) {
+// Keys differ in size by up to 16 times, and so do the scales of an FP8 cache.
+Step MakeStep(CacheFormat format, int num_heads, std::vector<MlaSequence> sequences, uint32_t seed,
+              float q_size = 1) {
   Step step;
   step.num_heads = num_heads;
   step.sequences = std::move(sequences);
@@ -54,26 +51,27 @@ Step MakeStep(int num_heads, std::vector<MlaSequence> sequences, uint32_t seed, 
   std::vector<int32_t> order(num_blocks + 5);
   std::iota(order.begin(), order.end(), 0);
   std::shuffle(order.begin(), order.end(), random);
-  step.cache.assign(order.size() * kBlockKeys * kKeyDim, NaN());
+  step.cache = HostMlaCache(format, static_cast<int64_t>(order.size()));
   // A table of values is fast to draw from.
   std::normal_distribution<float> normal;
-  std::vector<__nv_bfloat16> values(8191);
-  for (__nv_bfloat16& v : values) v = __float2bfloat16(normal(random));
+  std::vector<float> values(8191);
+  for (float& v : values) v = normal(random);
   size_t next = 0;
   for (const MlaSequence& s : step.sequences) {
     step.block_begin.push_back(static_cast<int32_t>(step.blocks.size()));
     for (int key = 0; key < s.num_keys; ++key) {
       if (key % kBlockKeys == 0) step.blocks.push_back(order[next++]);
-      __nv_bfloat16* row = step.cache.data() +
-                           (int64_t{step.blocks.back()} * kBlockKeys + key % kBlockKeys) * kKeyDim;
       const uint32_t offset = random();
-      for (int i = 0; i < kKeyDim; ++i) row[i] = values[(offset + i) % values.size()];
+      const float size = std::exp2(static_cast<float>(offset >> 28) / 4 - 2);
+      HostMlaCache::Row row;
+      for (int i = 0; i < kKeyDim; ++i) row[i] = size * values[(offset + i) % values.size()];
+      step.cache.Set(int64_t{step.blocks.back()} * kBlockKeys + key % kBlockKeys, row);
     }
     for (int i = 0; i < kWildBlocks; ++i) step.blocks.push_back(0x7fffffff);
   }
   step.q.resize(int64_t{step.num_queries()} * num_heads * kKeyDim);
   for (__nv_bfloat16& v : step.q) {
-    v = __float2bfloat16(q_size * __bfloat162float(values[random() % values.size()]));
+    v = __float2bfloat16(q_size * values[random() % values.size()]);
   }
   return step;
 }
@@ -87,9 +85,9 @@ std::vector<double> Reference(const Step& step, int sequence, int query, const _
   std::vector<double> scores(num_keys);
   double top = -std::numeric_limits<double>::infinity();
   for (int key = 0; key < num_keys; ++key) {
-    const __nv_bfloat16* row = step.Key(sequence, key);
+    const HostMlaCache::Row row = step.Key(sequence, key);
     double sum = 0;
-    for (int i = 0; i < kKeyDim; ++i) sum += double{q32[i]} * double{__bfloat162float(row[i])};
+    for (int i = 0; i < kKeyDim; ++i) sum += double{q32[i]} * double{row[i]};
     scores[key] = sum * double{step.softmax_scale};
     top = std::max(top, scores[key]);
   }
@@ -99,14 +97,14 @@ std::vector<double> Reference(const Step& step, int sequence, int query, const _
     const double weight = std::exp(scores[key] - top);
     weights += weight;
     if (weight < 1e-20) continue;
-    const __nv_bfloat16* row = step.Key(sequence, key);
-    for (int i = 0; i < kValueDim; ++i) out[i] += weight * double{__bfloat162float(row[i])};
+    const HostMlaCache::Row row = step.Key(sequence, key);
+    for (int i = 0; i < kValueDim; ++i) out[i] += weight * double{row[i]};
   }
   for (double& v : out) v /= weights;
   return out;
 }
 
-class MlaDecodeTest : public DeviceTest {
+class MlaDecodeTest : public DeviceTest, public testing::WithParamInterface<CacheFormat> {
  protected:
   // out [num_queries, num_heads, 512]
   static std::vector<__nv_bfloat16> Run(const Step& step, bool batch_invariant = false) {
@@ -122,13 +120,14 @@ class MlaDecodeTest : public DeviceTest {
     EXPECT_LE(words.size(), planner.plan_capacity());
 
     DeviceArray<int32_t> plan(words), blocks(step.blocks), block_begin(step.block_begin);
-    DeviceArray<__nv_bfloat16> q(step.q), cache(step.cache);
+    DeviceArray<__nv_bfloat16> q(step.q);
+    DeviceArray<std::byte> cache(step.cache.bytes());
     DeviceArray<std::byte> workspace(planner.workspace_bytes());
     workspace.Zero();
     DeviceArray<__nv_bfloat16> out(int64_t{step.num_queries()} * step.num_heads * kValueDim);
     MlaDecodeArgs args;
     args.q = q.get();
-    args.cache = cache.get();
+    args.cache = {cache.get(), step.cache.format()};
     args.blocks = blocks.get();
     args.block_begin = block_begin.get();
     args.plan = plan.get();
@@ -219,56 +218,57 @@ std::vector<MlaSequence> Ragged(int count, int min_keys, int max_keys, int num_q
   return sequences;
 }
 
-TEST_F(MlaDecodeTest, OneSequenceOfEachLength) {
+TEST_P(MlaDecodeTest, OneSequenceOfEachLength) {
   for (int num_heads : {128, 16, 4}) {
     for (int num_keys : {1, 63, 64, 65, 1000, 4097}) {
       SCOPED_TRACE(testing::Message() << num_heads << " heads, " << num_keys << " keys");
-      const Step step = MakeStep(num_heads, {{1, num_keys}}, num_keys);
+      const Step step = MakeStep(GetParam(), num_heads, {{1, num_keys}}, num_keys);
       Check(step, Run(step));
     }
   }
 }
 
-TEST_F(MlaDecodeTest, SeveralQueriesSeeTheKeysBeforeThem) {
+TEST_P(MlaDecodeTest, SeveralQueriesSeeTheKeysBeforeThem) {
   for (int num_heads : {128, 16, 4}) {
     for (int num_queries : {2, 3, 8}) {
       for (int num_keys : {8, 64, 67, 130, 1000}) {
         SCOPED_TRACE(testing::Message() << num_heads << " heads, " << num_queries << " queries, "
                                         << num_keys << " keys");
-        const Step step = MakeStep(
-            num_heads, {{num_queries, num_keys}, {1, 100}, {num_queries, num_keys + 1}}, num_keys);
+        const Step step =
+            MakeStep(GetParam(), num_heads,
+                     {{num_queries, num_keys}, {1, 100}, {num_queries, num_keys + 1}}, num_keys);
         Check(step, Run(step), 24);
       }
     }
   }
 }
 
-TEST_F(MlaDecodeTest, RaggedBatches) {
+TEST_P(MlaDecodeTest, RaggedBatches) {
   for (int num_heads : {128, 16, 4}) {
     SCOPED_TRACE(testing::Message() << num_heads << " heads");
-    const Step step = MakeStep(num_heads, Ragged(64, 1, 2000, 1, 7), 7);
+    const Step step = MakeStep(GetParam(), num_heads, Ragged(64, 1, 2000, 1, 7), 7);
     Check(step, Run(step), 4);
-    const Step two = MakeStep(num_heads, Ragged(24, 1, 900, 2, 8), 8);
+    const Step two = MakeStep(GetParam(), num_heads, Ragged(24, 1, 900, 2, 8), 8);
     Check(two, Run(two), 4);
   }
 }
 
-TEST_F(MlaDecodeTest, SequencesWithoutKeysAreLeftAlone) {
-  const Step step = MakeStep(128, {{1, 300}, {1, 0}, {1, 65}, {2, 0}}, 3);
+TEST_P(MlaDecodeTest, SequencesWithoutKeysAreLeftAlone) {
+  const Step step = MakeStep(GetParam(), 128, {{1, 300}, {1, 0}, {1, 65}, {2, 0}}, 3);
   Check(step, Run(step));
-  const Step none = MakeStep(16, {{1, 0}}, 3);
+  const Step none = MakeStep(GetParam(), 16, {{1, 0}}, 3);
   Check(none, Run(none));
 }
 
-TEST_F(MlaDecodeTest, LargeScores) {
+TEST_P(MlaDecodeTest, LargeScores) {
   // Scores of some thousands: one key has all the weight, wherever it is.
-  const Step step = MakeStep(128, {{1, 700}, {2, 1500}}, 11, 100);
+  const Step step = MakeStep(GetParam(), 128, {{1, 700}, {2, 1500}}, 11, 100);
   Check(step, Run(step), 32);
 }
 
-TEST_F(MlaDecodeTest, BatchInvariant) {
+TEST_P(MlaDecodeTest, BatchInvariant) {
   for (int num_heads : {128, 16}) {
-    const Step batch = MakeStep(num_heads, Ragged(64, 1, 4097, 1, 5), 5);
+    const Step batch = MakeStep(GetParam(), num_heads, Ragged(64, 1, 4097, 1, 5), 5);
     const std::vector<__nv_bfloat16> together = Run(batch, true);
     Check(batch, together, 2);
     const int row = num_heads * kValueDim;
@@ -287,8 +287,8 @@ TEST_F(MlaDecodeTest, BatchInvariant) {
   }
 }
 
-TEST_F(MlaDecodeTest, RunsAreEqual) {
-  const Step step = MakeStep(128, Ragged(32, 1, 3000, 1, 9), 9);
+TEST_P(MlaDecodeTest, RunsAreEqual) {
+  const Step step = MakeStep(GetParam(), 128, Ragged(32, 1, 3000, 1, 9), 9);
   const std::vector<__nv_bfloat16> first = Run(step);
   for (int i = 0; i < 5; ++i) {
     const std::vector<__nv_bfloat16> again = Run(step);
@@ -296,9 +296,33 @@ TEST_F(MlaDecodeTest, RunsAreEqual) {
   }
 }
 
-TEST_F(MlaDecodeTest, ArgumentsAreChecked) {
+// Every e4m3 there is, its subnormals apart too: scales are the largest that leave none but those.
+TEST_P(MlaDecodeTest, SmallAndLargeLatents) {
+  if (GetParam() != CacheFormat::kFp8) GTEST_SKIP() << "of FP8";
+  for (const bool subnormal : {false, true}) {
+    Step step = MakeStep(GetParam(), 128, {{1, 300}}, 12);
+    std::mt19937 random(4);
+    for (int key = 0; key < 300; ++key) {
+      HostMlaCache::Row row;
+      for (int i = 0; i < kKeyDim; ++i) {
+        __nv_fp8_e4m3 value;
+        value.__x = static_cast<uint8_t>(subnormal ? random() % 8 + random() % 2 * 128
+                                                   : random() % 127 + random() % 2 * 128);
+        row[i] = static_cast<float>(value) * (subnormal ? 64.f : 1.f / 64);
+      }
+      const int64_t block = step.blocks[key / kBlockKeys];
+      step.cache.Set(block * kBlockKeys + key % kBlockKeys, row, subnormal ? 64.f : 1.f / 64);
+    }
+    Check(step, Run(step));
+  }
+}
+
+TEST_P(MlaDecodeTest, ArgumentsAreChecked) {
   EXPECT_EQ(MlaDecode({}, nullptr), cudaErrorInvalidValue);
 }
+
+INSTANTIATE_TEST_SUITE_P(, MlaDecodeTest, testing::Values(CacheFormat::kBf16, CacheFormat::kFp8),
+                         [](const auto& info) { return FormatName(info.param); });
 
 }  // namespace
 }  // namespace latentd

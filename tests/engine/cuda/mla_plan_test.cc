@@ -18,6 +18,7 @@ struct Plan {
   MlaPlanHeader header;
   std::vector<std::vector<MlaPlanItem>> workers;
   std::vector<MlaPlanItem> items;
+  std::vector<MlaPlanMerge> merges;
 };
 
 Plan Decode(const std::vector<int32_t>& words) {
@@ -30,6 +31,11 @@ Plan Decode(const std::vector<int32_t>& words) {
     std::memcpy(static_cast<void*>(plan.items.data()), next,
                 plan.items.size() * sizeof(MlaPlanItem));
   next += plan.items.size() * kMlaItemWords;
+  plan.merges.resize(plan.header.num_merges);
+  if (!plan.merges.empty())
+    std::memcpy(static_cast<void*>(plan.merges.data()), next,
+                plan.merges.size() * sizeof(MlaPlanMerge));
+  next += plan.merges.size() * kMlaMergeWords;
   EXPECT_EQ(next - words.data(), static_cast<ptrdiff_t>(words.size()));
   int reached = 0;
   for (int w = 0; w < plan.header.num_workers; ++w) {
@@ -65,15 +71,18 @@ void CheckPlan(const MlaDecodePlanner::Options& options,
   for (const std::vector<MlaPlanItem>& items : plan.workers) {
     for (const MlaPlanItem& item : items) {
       by_row[item.row].push_back(item);
-      if (item.num_parts > 1) {
-        const int slot = item.first_slot + item.part;
-        ASSERT_LT(slot, plan.header.num_slots);
-        ASSERT_TRUE(slots.insert(slot).second) << "slot " << slot << " is used twice";
-      }
+      if (item.slot < 0) continue;
+      ASSERT_LT(item.slot, plan.header.num_slots);
+      ASSERT_TRUE(slots.insert(item.slot).second) << "slot " << item.slot << " is used twice";
     }
   }
+  // Of a plan whose parts are not merged by those who have them.
+  std::map<int, MlaPlanMerge> merges;
+  for (const MlaPlanMerge& merge : plan.merges) {
+    ASSERT_TRUE(merges.emplace(merge.row, merge).second) << "row " << merge.row << ", twice";
+  }
   int row = 0;
-  size_t units = 0;
+  size_t units = 0, merged = 0;
   for (size_t s = 0; s < sequences.size(); ++s) {
     const int rows = sequences[s].num_queries * options.num_heads;
     if (sequences[s].num_keys > 0) {
@@ -97,17 +106,30 @@ void CheckPlan(const MlaDecodePlanner::Options& options,
           block = item.block_end;
         }
         ASSERT_EQ(block, (num_keys + kMlaBlockKeys - 1) / kMlaBlockKeys);
-        for (size_t i = 0; i < items.size(); ++i) {
-          ASSERT_EQ(items[i].num_parts, static_cast<int>(items.size()));
-          ASSERT_EQ(items[i].part, static_cast<int>(i));
-          ASSERT_EQ(items[i].first_slot, items[0].first_slot);
+        if (items.size() == 1) {
+          ASSERT_EQ(items[0].slot, -1);
+          continue;
         }
+        const int num_parts = static_cast<int>(items.size());
+        for (int i = 0; i < num_parts; ++i) {
+          ASSERT_EQ(items[i].slot, items[0].slot + i);
+          ASSERT_EQ(items[i].part, i);
+          ASSERT_EQ(items[i].num_parts, merges.empty() ? num_parts : 0);
+        }
+        if (merges.empty()) continue;
+        ++merged;
+        ASSERT_EQ(merges.count(row + first), 1u);
+        const MlaPlanMerge& merge = merges[row + first];
+        ASSERT_EQ(merge.num_rows, num_rows);
+        ASSERT_EQ(merge.first_slot, items[0].slot);
+        ASSERT_EQ(merge.num_parts, num_parts);
         ASSERT_LE(items.size(), size_t{kMlaMaxParts});
       }
     }
     row += rows;
   }
   ASSERT_EQ(by_row.size(), units);
+  ASSERT_EQ(merges.size(), merged);
 }
 
 std::vector<MlaSequence> Draw(std::mt19937& random, int max_sequences, int max_queries,

@@ -14,6 +14,7 @@
 
 #include "engine/cuda/cublas.h"
 #include "tests/engine/cuda/device_test.h"
+#include "tests/engine/cuda/mla_cache_data.h"
 
 namespace latentd {
 namespace {
@@ -32,6 +33,7 @@ struct Case {
   int32_t expand_tokens;
   std::vector<std::pair<int32_t, int32_t>> sequences;  // queries, keys
   std::vector<int> checked_heads;
+  CacheFormat cache = CacheFormat::kBf16;
 };
 
 // Inputs of one layer, on the host and the device. The cache holds NaN but for the tokens' rows,
@@ -54,18 +56,20 @@ class Inputs {
     q = Random(size_t(num_queries_) * num_heads * kKey, 1);
     w_uk = Random(size_t(num_heads) * kNope * kLatent, 1 / std::sqrt(512.f));
     w_uv = Random(size_t(num_heads) * kValue * kLatent, 1 / std::sqrt(512.f));
-    cache.assign(ids.size() * kBlock * kCache, __float2bfloat16(NAN));
+    cache = HostMlaCache(test.cache, static_cast<int64_t>(ids.size()));
     for (const MlaPrefillSequence& sequence : sequences) {
       for (int32_t key = 0; key < sequence.num_keys; ++key) {
-        const std::vector<__nv_bfloat16> row = Random(kCache, 1);
-        std::copy(row.begin(), row.end(), cache.begin() + Row(sequence, key));
+        const std::vector<__nv_bfloat16> values = Random(kCache, 1);
+        HostMlaCache::Row row;
+        std::transform(values.begin(), values.end(), row.begin(), __bfloat162float);
+        cache.Set(Slot(sequence, key), row);
       }
     }
   }
 
-  // Where a key's row begins in the cache.
-  size_t Row(const MlaPrefillSequence& sequence, int32_t key) const {
-    return (size_t(blocks[sequence.block_begin + key / kBlock]) * kBlock + key % kBlock) * kCache;
+  // Where a key's row is in the cache.
+  int64_t Slot(const MlaPrefillSequence& sequence, int32_t key) const {
+    return int64_t{blocks[sequence.block_begin + key / kBlock]} * kBlock + key % kBlock;
   }
   int32_t num_queries() const { return num_queries_; }
 
@@ -84,7 +88,8 @@ class Inputs {
   const int num_heads;
   std::vector<MlaPrefillSequence> sequences;
   std::vector<int32_t> blocks;
-  std::vector<__nv_bfloat16> q, cache, w_uk, w_uv;
+  HostMlaCache cache;
+  std::vector<__nv_bfloat16> q, w_uk, w_uv;
 
  private:
   std::vector<__nv_bfloat16> Random(size_t size, float scale) {
@@ -107,9 +112,7 @@ void Reference(const Inputs& in, int head, Check check) {
     const int32_t num_keys = sequence.num_keys;
     std::vector<float> keys(size_t(num_keys) * kKey), values(size_t(num_keys) * kValue);
     for (int32_t key = 0; key < num_keys; ++key) {
-      std::vector<float> latent(kCache);
-      for (int i = 0; i < kCache; ++i)
-        latent[i] = __bfloat162float(in.cache[in.Row(sequence, key) + i]);
+      const HostMlaCache::Row latent = in.cache.Get(in.Slot(sequence, key));
       for (int d = 0; d < kNope; ++d) {
         double k = 0, v = 0;
         for (int i = 0; i < kLatent; ++i) {
@@ -175,7 +178,8 @@ class MlaPrefillTest : public DeviceTest {
     DeviceArray<__nv_bfloat16> q(size_t(in.num_queries()) * q_stride);
     cudaMemcpy2D(q.get(), q_stride * sizeof(in.q[0]), in.q.data(), q_width * sizeof(in.q[0]),
                  q_width * sizeof(in.q[0]), in.num_queries(), cudaMemcpyHostToDevice);
-    DeviceArray<__nv_bfloat16> cache(in.cache), w_uk(in.w_uk), w_uv(in.w_uv);
+    DeviceArray<std::byte> cache(in.cache.bytes());
+    DeviceArray<__nv_bfloat16> w_uk(in.w_uk), w_uv(in.w_uv);
     DeviceArray<__nv_bfloat16> out(size_t(in.num_queries()) * in.num_heads * kValue);
     DeviceArray<int32_t> blocks(in.blocks);
     DeviceArray<uint8_t> workspace(MlaPrefill::WorkspaceBytes(options));
@@ -187,8 +191,14 @@ class MlaPrefillTest : public DeviceTest {
     for (int i = 0; i < times && status.ok(); ++i) {
       out.Poison();
       cudaDeviceSynchronize();
-      status = (*prefill)->Run(
-          {q.get(), q_stride, cache.get(), w_uk.get(), w_uv.get(), kScale, out.get()}, stream_);
+      status = (*prefill)->Run({q.get(),
+                                q_stride,
+                                {cache.get(), in.cache.format()},
+                                w_uk.get(),
+                                w_uv.get(),
+                                kScale,
+                                out.get()},
+                               stream_);
       EXPECT_TRUE(status.ok()) << status;
       EXPECT_EQ(cudaStreamSynchronize(stream_), cudaSuccess);
       std::vector<__nv_bfloat16> result = out.Get();
@@ -263,6 +273,7 @@ INSTANTIATE_TEST_SUITE_P(
              {{30, 40}, {129, 700}, {60, 257}, {1, 513}, {36, 36}},
              {0, 3}},
         Case{"many_parts", 2, 128, {{33, 2500}}, {1}},
+        Case{"fp8_cache", 4, 256, {{30, 40}, {129, 700}, {1, 513}}, {0, 3}, CacheFormat::kFp8},
         Case{"deepseek_v3", 128, 1024, {{300, 1100}, {513, 513}}, {0, 77, 127}}),
     [](const auto& info) { return info.param.name; });
 
@@ -283,14 +294,18 @@ TEST_F(MlaPrefillTest, BitsDoNotDependOnTheOtherSequences) {
 
 // A sequence that went wrong leaves its neighbours in the part alone.
 TEST_F(MlaPrefillTest, ANanStaysInItsSequence) {
-  const Case test = {"", 4, 1024, {{70, 70}, {90, 130}, {50, 200}}, {}};
-  Inputs in(test, 3);
-  const std::vector<__nv_bfloat16> want = Run(test, in, 1);
-  for (const int bad : {1, 2}) {
+  for (const auto& [format, bad] :
+       {std::pair{CacheFormat::kBf16, 1}, std::pair{CacheFormat::kBf16, 2},
+        std::pair{CacheFormat::kFp8, 1}}) {
+    const Case test = {"", 4, 1024, {{70, 70}, {90, 130}, {50, 200}}, {}, format};
+    Inputs in(test, 3);
+    const std::vector<__nv_bfloat16> want = Run(test, in, 1);
     Inputs poisoned = in;
     const MlaPrefillSequence& sequence = in.sequences[bad];
     for (int32_t key = 0; key < sequence.num_keys; ++key) {
-      std::fill_n(poisoned.cache.begin() + in.Row(sequence, key), kCache, __float2bfloat16(NAN));
+      HostMlaCache::Row row;
+      row.fill(NAN);
+      poisoned.cache.Set(in.Slot(sequence, key), row);
     }
     const std::vector<__nv_bfloat16> got = Run(test, poisoned, 1);
     int32_t row = 0;

@@ -12,6 +12,7 @@
 
 #include "tests/engine/cuda/device_test.h"
 #include "tests/engine/cuda/linear_input.h"
+#include "tests/engine/cuda/mla_cache_data.h"
 
 namespace latentd {
 namespace {
@@ -20,7 +21,7 @@ constexpr int kNopeDim = 128;
 constexpr int kRopeDim = 64;
 constexpr int kHeadDim = kNopeDim + kRopeDim;
 constexpr int kLatentDim = 512;
-constexpr int kCacheRow = kLatentDim + kRopeDim;
+constexpr int kCacheRow = kMlaKeyDim;
 constexpr int kNumPositions = 999;
 
 double ToDouble(__nv_bfloat16 value) { return __bfloat162float(value); }
@@ -88,7 +89,19 @@ struct LatentCase {
   bool interleave = true;
   bool power_of_two_scales = false;
   bool bf16 = false;
+  CacheFormat cache = CacheFormat::kBf16;
 };
+
+// An element of a row of the cache: rounded once.
+void ExpectCached(CacheFormat format, const HostMlaCache::Row& row, int column, double want,
+                  double scale, const std::string& where) {
+  const double error = std::fabs(double{row[column]} - want);
+  const bool e4m3 = format == CacheFormat::kFp8 && column < kLatentDim;
+  // Half a unit in the last place: 2^-4 of the value in e4m3, or of its least normal number.
+  const double limit = e4m3 ? std::max(std::fabs(want) / 16, scale * 0x1p-10)
+                            : std::max(std::fabs(want) / 256, 1e-30);
+  ASSERT_LE(error, limit * (1 + 1e-4) + 2e-6) << where << ": " << row[column] << ", not " << want;
+}
 
 class NormLatentsTest : public DeviceTest, public testing::WithParamInterface<LatentCase> {
  protected:
@@ -107,6 +120,7 @@ TEST_P(NormLatentsTest, IsTheReferencesAndARowAloneIsTheSame) {
   const LatentCase c = GetParam();
   const int stride = c.q_dim + kCacheRow;
   const int num_slots = (c.num_tokens + 3) * 2;
+  const int num_blocks = (num_slots + kMlaBlockKeys - 1) / kMlaBlockKeys;
   const std::vector<__nv_bfloat16> qkv =
       RandomBf16(static_cast<size_t>(c.num_tokens) * stride, 2, 1);
   const std::vector<float> q_weight = RandomFloats(c.has_query ? c.q_dim : 0, 1, 0.2f, 2);
@@ -121,9 +135,9 @@ TEST_P(NormLatentsTest, IsTheReferencesAndARowAloneIsTheSame) {
   const DeviceArray<float> q_weight_device(q_weight), kv_weight_device(kv_weight);
   const DeviceArray<int32_t> positions_device(positions);
   const DeviceArray<int64_t> slots_device(slots);
-  DeviceArray<__nv_bfloat16> cache(static_cast<size_t>(num_slots) * kCacheRow);
+  DeviceArray<std::byte> cache(num_blocks * MlaCacheBlockBytes(c.cache));
 
-  const auto run = [&](int first, int count, __nv_bfloat16* to_cache, const LinearInput& out) {
+  const auto run = [&](int first, int count, std::byte* to_cache, const LinearInput& out) {
     LatentArgs args;
     args.num_tokens = count;
     args.qkv_a = qkv_device.get() + static_cast<size_t>(first) * stride;
@@ -134,7 +148,7 @@ TEST_P(NormLatentsTest, IsTheReferencesAndARowAloneIsTheSame) {
     args.rope = rotation.table();
     args.positions = positions_device.get() + first;
     args.slots = slots_device.get() + first;
-    args.cache = to_cache;
+    args.cache = {to_cache, c.cache};
     args.power_of_two_scales = c.power_of_two_scales;
     if (c.has_query) args.q_out = out;
     ASSERT_CUDA_OK(NormLatents(args, nullptr));
@@ -144,7 +158,7 @@ TEST_P(NormLatentsTest, IsTheReferencesAndARowAloneIsTheSame) {
   run(0, c.num_tokens, cache.get(), out.input());
   if (HasFatalFailure()) return;
 
-  const std::vector<__nv_bfloat16> rows = cache.Get();
+  const HostMlaCache rows(c.cache, cache.Get());
   std::vector<bool> written(num_slots, false);
   for (int i = 0; i < c.num_tokens; ++i) {
     const __nv_bfloat16* x = qkv.data() + static_cast<size_t>(i) * stride;
@@ -154,27 +168,65 @@ TEST_P(NormLatentsTest, IsTheReferencesAndARowAloneIsTheSame) {
     written[slots[i]] = true;
     const std::vector<double> latent = Norm(x + c.q_dim, kv_weight);
     const std::vector<double> key = rotation.Apply(x + c.q_dim + kLatentDim, positions[i]);
+    const HostMlaCache::Row row = rows.Get(slots[i]);
+    double amax = 0;
+    for (const double value : latent) amax = std::max(amax, std::fabs(value));
+    const double scale = std::exp2(std::ceil(std::log2(amax / 448 * (1 - 1e-6))));
+    if (c.cache == CacheFormat::kFp8) {
+      ASSERT_EQ(rows.Scale(slots[i]), scale) << "token " << i;
+    }
     for (int column = 0; column < kCacheRow; ++column) {
-      ExpectNear(rows[slots[i] * kCacheRow + column],
-                 column < kLatentDim ? latent[column] : key[column - kLatentDim], 2e-6,
-                 At(i, column, 0));
+      ExpectCached(c.cache, row, column,
+                   column < kLatentDim ? latent[column] : key[column - kLatentDim], scale,
+                   At(i, column, 0));
       if (HasFatalFailure()) return;
     }
   }
-  for (int slot = 0; slot < num_slots; ++slot)
-    for (int column = 0; column < kCacheRow && !written[slot]; ++column)
-      ASSERT_EQ(Bits(rows[slot * kCacheRow + column]), 0xffff) << slot << ", " << column;
+  for (int slot = 0; slot < num_slots; ++slot) {
+    if (!written[slot]) {
+      ASSERT_TRUE(rows.IsUntouched(slot)) << slot;
+    }
+  }
 
   for (const int i : {0, c.num_tokens / 2, c.num_tokens - 1}) {
     LinearOutput one(1, c.has_query ? c.q_dim : 128, !c.bf16, c.bf16);
-    DeviceArray<__nv_bfloat16> other_cache(static_cast<size_t>(num_slots) * kCacheRow);
+    DeviceArray<std::byte> other_cache(num_blocks * MlaCacheBlockBytes(c.cache));
     run(i, 1, other_cache.get(), one.input());
     if (c.has_query) one.ExpectSameRow(0, out, i);
     if (HasFatalFailure()) return;
-    const std::vector<__nv_bfloat16> other_rows = other_cache.Get();
-    for (int column = 0; column < kCacheRow && slots[i] >= 0; ++column) {
-      const size_t at = slots[i] * kCacheRow + column;
-      ASSERT_EQ(Bits(other_rows[at]), Bits(rows[at])) << i << ", " << column;
+    if (slots[i] < 0) continue;
+    ASSERT_EQ(HostMlaCache(c.cache, other_cache.Get()).Get(slots[i]), rows.Get(slots[i])) << i;
+  }
+}
+
+// FP8 alone cannot tell that a latent is none: its scale does.
+TEST_F(NormLatentsTest, ARowThatIsNotANumberIsNoneInFp8) {
+  constexpr int kTokens = 3;
+  const Rotation rotation(true);
+  for (const float bad :
+       {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+    std::vector<__nv_bfloat16> qkv = RandomBf16(kTokens * (128 + kCacheRow), 2, 1);
+    qkv[128 + kCacheRow + 128 + 300] = __float2bfloat16(bad);
+    const DeviceArray<__nv_bfloat16> qkv_device(qkv);
+    const DeviceArray<float> weight(RandomFloats(kLatentDim, 1, 0.2f, 3));
+    const DeviceArray<int32_t> positions(std::vector<int32_t>{0, 1, 2});
+    const DeviceArray<int64_t> slots(std::vector<int64_t>{0, 1, 2});
+    DeviceArray<std::byte> cache(MlaCacheBlockBytes(CacheFormat::kFp8));
+    LatentArgs args;
+    args.num_tokens = kTokens;
+    args.qkv_a = qkv_device.get();
+    args.q_dim = 128;
+    args.kv_a_layernorm = weight.get();
+    args.eps = kEps;
+    args.rope = rotation.table();
+    args.positions = positions.get();
+    args.slots = slots.get();
+    args.cache = {cache.get(), CacheFormat::kFp8};
+    ASSERT_CUDA_OK(NormLatents(args, nullptr));
+    ASSERT_CUDA_OK(cudaDeviceSynchronize());
+    const HostMlaCache rows(CacheFormat::kFp8, cache.Get());
+    for (int i = 0; i < kTokens; ++i) {
+      for (const float value : rows.Get(i)) ASSERT_EQ(std::isnan(value), i == 1) << i;
     }
   }
 }
@@ -188,6 +240,10 @@ INSTANTIATE_TEST_SUITE_P(
                     LatentCase{7, 1544, true, true, false, true}, LatentCase{7, 3456},
                     // Without q_lora_rank: 4 or 128 heads of 192.
                     LatentCase{7, 768, false}, LatentCase{600, 768, false, false},
+                    LatentCase{1, 1536, true, true, false, false, CacheFormat::kFp8},
+                    LatentCase{70, 1536, true, false, true, false, CacheFormat::kFp8},
+                    LatentCase{1001, 1536, true, true, false, false, CacheFormat::kFp8},
+                    LatentCase{65, 768, false, true, false, false, CacheFormat::kFp8},
                     LatentCase{64, 24576, false}));
 
 // --- AbsorbQuery, ProjectValue: for a few heads in f64, for the others only that they were
@@ -392,7 +448,7 @@ TEST_F(MlaProjectionTest, RefusesBadArguments) {
   latents.rope = rotation.table();
   latents.positions = positions.get();
   latents.slots = slots.get();
-  latents.cache = x.get();
+  latents.cache = {reinterpret_cast<std::byte*>(x.get()), CacheFormat::kBf16};
   latents.q_out = out.input();
   EXPECT_EQ(NormLatents(latents, nullptr), cudaErrorInvalidValue);
   latents.q_dim = 1536;

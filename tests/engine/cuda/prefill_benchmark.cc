@@ -172,8 +172,10 @@ struct PrefillInputs {
     blocks.Set(ids);
   }
   MlaPrefill::Layer layer() {
-    return {q.get(), 0, cache.get(), w_uk.get(), w_uv.get(), 0.1352f, out.get()};
+    return {q.get(), 0, Cache(), w_uk.get(), w_uv.get(), 0.1352f, out.get()};
   }
+  MlaCache Cache() { return {reinterpret_cast<std::byte*>(cache.get()), CacheFormat::kBf16}; }
+
   DeviceArray<__nv_bfloat16> q, cache, w_uk, w_uv, out;
   DeviceArray<int32_t> blocks;
 };
@@ -243,7 +245,7 @@ void BenchmarkPieces(Cublas* cublas) {
          return GatherLatents(
              {.num_rows = rows,
               .num_heads = kHeads,
-              .cache = in.cache.get(),
+              .cache = in.Cache(),
               .blocks = in.blocks.get(),
               .sequences = reinterpret_cast<const PrefillKeys*>(words.get() + part.sequences),
               .num_sequences = 4,

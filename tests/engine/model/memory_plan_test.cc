@@ -21,7 +21,8 @@ ModelConfig ConfigOf(const std::filesystem::path& file) {
 
 TEST(MemoryPlanTest, DeepSeekV3Has671BillionParameters) {
   const ModelConfig config = ConfigOf("deploy/configs/deepseek-v3.json");
-  const MemoryPlan plan = MakeMemoryPlan(config, {.cache_element_bytes = 2, .num_blocks = 10});
+  const MemoryPlan plan =
+      MakeMemoryPlan(config, {.cache_format = CacheFormat::kBf16, .num_blocks = 10});
   EXPECT_EQ(plan.weights().parameters, 671'026'419'200);
   EXPECT_EQ(plan.part(WeightPart::kEmbedding).parameters, 129280LL * 7168);
   EXPECT_EQ(plan.part(WeightPart::kRoutedExperts).parameters, 58LL * 256 * 3 * 7168 * 2048);
@@ -38,6 +39,17 @@ TEST(MemoryPlanTest, DeepSeekV3Has671BillionParameters) {
 }
 
 // What the plan says of a checkpoint is what its file holds.
+TEST(MemoryPlanTest, BytesOfACachedToken) {
+  const ModelConfig config = ConfigOf("deploy/configs/deepseek-v3.json");
+  const auto bytes = [&](CacheFormat format) {
+    return MakeMemoryPlan(config, {.cache_format = format}).cache_bytes_per_token;
+  };
+  const uint64_t layers = config.num_hidden_layers;
+  EXPECT_EQ(bytes(CacheFormat::kF32), layers * 4 * 576);
+  EXPECT_EQ(bytes(CacheFormat::kBf16), layers * 2 * 576);
+  EXPECT_EQ(bytes(CacheFormat::kFp8), layers * (512 + 2 * 64 + 4));
+}
+
 TEST(MemoryPlanTest, StoredBytesAreThoseOfTheFiles) {
   for (const std::filesystem::path& dir :
        {std::filesystem::path("deploy/demo-model"), kVariants / "f32", kVariants / "fp8",

@@ -78,8 +78,28 @@ TEST(EngineFactoryTest, WhatDoesNotFitIsRefusedBeforeAnythingIsRead) {
 
 // The CPU's cache is f32, a GPU's bf16.
 TEST(EngineFactoryTest, BlocksHaveTheSizeOfTheirEngine) {
-  EXPECT_EQ(CacheBytesPerBlock(Model(), EngineKind::kCpu),
-            2 * CacheBytesPerBlock(Model(), EngineKind::kCuda));
+  EXPECT_EQ(CacheBytesPerBlock(Model(), EngineKind::kCpu, CacheFormat::kF32),
+            2 * CacheBytesPerBlock(Model(), EngineKind::kCuda, CacheFormat::kBf16));
+  EXPECT_EQ(CacheBytesPerBlock(Model(), EngineKind::kCpu, CacheFormat::kF32),
+            CacheBytesPerBlock(Model(), EngineKind::kCpu, CacheFormat::kFp8));
+  const int64_t rope = Model().qk_rope_head_dim;
+  EXPECT_EQ(CacheBytesPerBlock(Model(), EngineKind::kCuda, CacheFormat::kFp8),
+            64u * Model().num_hidden_layers * (Model().kv_lora_rank + 2 * rope + 4));
+}
+
+TEST(EngineFactoryTest, CacheFormatsAreTheEngines) {
+  EXPECT_EQ(*ChooseCacheFormat("auto", EngineKind::kCuda), CacheFormat::kBf16);
+  EXPECT_EQ(*ChooseCacheFormat("bf16", EngineKind::kCuda), CacheFormat::kBf16);
+  EXPECT_EQ(*ChooseCacheFormat("fp8", EngineKind::kCuda), CacheFormat::kFp8);
+  EXPECT_EQ(*ChooseCacheFormat("auto", EngineKind::kCpu), CacheFormat::kF32);
+  EXPECT_EQ(*ChooseCacheFormat("fp8", EngineKind::kCpu), CacheFormat::kFp8);
+  for (const auto& [name, kind] :
+       {std::pair{"bf16", EngineKind::kCpu}, std::pair{"int8", EngineKind::kCuda},
+        std::pair{"", EngineKind::kCuda}}) {
+    const absl::Status status = ChooseCacheFormat(name, kind).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_THAT(std::string(status.message()), ::testing::HasSubstr("kv_cache_dtype"));
+  }
 }
 
 }  // namespace
