@@ -4,26 +4,13 @@
 #include <cstdint>
 #include <nlohmann/json_fwd.hpp>
 #include <string>
-#include <vector>
 
 #include "latentd/v1/inference.pb.h"
 #include "server/client/bench_options.h"
 #include "server/client/load_generator.h"
+#include "server/client/summary.h"
 
 namespace latentd {
-
-// Of samples, exact: quantiles by linear interpolation between order statistics, as numpy's
-// default.
-struct Summary {
-  int64_t count = 0;
-  double mean = 0, min = 0, p50 = 0, p90 = 0, p99 = 0, max = 0;
-};
-
-// Sorts `*samples`. All zero for none.
-Summary Summarize(std::vector<float>* samples);
-
-// The q-quantile, q in [0, 1]. REQUIRES: not empty, ascending.
-double Quantile(const std::vector<float>& sorted, double q);
 
 // What a run says. Sorts the samples of `*result`. The schema:
 //   schema_version  1; grows when a field changes its meaning
