@@ -11,6 +11,7 @@
 #include "absl/synchronization/mutex.h"
 #include "engine/status.h"
 #include "fmt/format.h"
+#include "server/bench/cluster_bench.h"
 #include "server/bench/engine_bench.h"
 #include "server/check.h"
 #include "server/client/bench.h"
@@ -218,6 +219,42 @@ void RegisterBenchEngineCommand(CLI::App& bench, int* exit_code) {
   });
 }
 
+void RegisterBenchClusterCommand(CLI::App& bench, int* exit_code) {
+  CLI::App* command = bench.add_subcommand(
+      "cluster",
+      "Simulate a cluster of H100s under a load of chats: real scheduler, modelled time");
+  struct Given {
+    std::string model = "deploy/configs/deepseek-v3.json", gpu_memory = "79GiB";
+    ClusterBenchOptions options;
+  };
+  const auto given = std::make_shared<Given>();
+  command->add_option("--model", given->model, "config.json, or the directory that has it")
+      ->capture_default_str();
+  AddClusterBenchOptions(*command, &given->options);
+  command->add_option("--gpu-memory", given->gpu_memory, "What each GPU has free")
+      ->type_name("bytes")
+      ->capture_default_str()
+      ->group("Cluster");
+  command->callback([given, exit_code] {
+    const absl::Status status = [&] {
+      RETURN_IF_ERROR(FinishClusterBenchOptions(&given->options));
+      const std::optional<int64_t> memory = ParseSize(given->gpu_memory);
+      if (!memory) {
+        return absl::InvalidArgumentError(fmt::format(
+            "--gpu-memory is '{}'; it must be a number of bytes such as 79GiB", given->gpu_memory));
+      }
+      given->options.cluster.gpu_memory_bytes = *memory;
+      ServeConfig config;
+      config.model = given->model;
+      ASSIGN_OR_RETURN(const ModelPath path, ModelPath::Resolve(config, {}));
+      ASSIGN_OR_RETURN(const ModelConfig model, ReadModelConfig(path));
+      return RunClusterBench(model, given->options, std::cout, std::cerr);
+    }();
+    *exit_code = Report("bench cluster", status,
+                        absl::IsInvalidArgument(status) ? kServeUsage : kServeFailed);
+  });
+}
+
 void RegisterConfigCommand(CLI::App& app) {
   app.add_subcommand("config", "Print a configuration file with every key and its default")
       ->callback([] { std::cout << ExampleYaml(); });
@@ -234,6 +271,7 @@ int Main(int argc, char** argv) {
   RegisterChatCommand(app, &exit_code);
   RegisterBenchCommand(app, &exit_code);
   RegisterBenchEngineCommand(*app.get_subcommand("bench"), &exit_code);
+  RegisterBenchClusterCommand(*app.get_subcommand("bench"), &exit_code);
   RegisterCheckCommand(app, &exit_code);
   RegisterConfigCommand(app);
   const auto is_named = [argv](const CLI::App* command) { return command->get_name() == argv[1]; };
