@@ -92,13 +92,22 @@ int Report(std::string_view command, const absl::Status& status, int exit_code) 
   return exit_code;
 }
 
+// Of the nodes of a group one has the daemon.
+absl::Status CheckServesHere(const ServeConfig& config) {
+  if (config.node == 0) return absl::OkStatus();
+  return absl::InvalidArgumentError(fmt::format(
+      "node is {}; the daemon is on node 0, and this one runs `latentd node`", config.node));
+}
+
 void RegisterServeCommand(CLI::App& app, int* exit_code) {
   CLI::App* command = app.add_subcommand("serve", "Serve a model over gRPC");
   const auto flags = AddConfigFlags(command);
   command->callback([command, flags, exit_code] {
     const auto invocation = ReadInvocation(*command, *flags);
-    *exit_code = invocation.ok() ? RunServe(invocation->config, invocation->model)
-                                 : Report("serve", invocation.status(), kServeUsage);
+    const absl::Status status =
+        invocation.ok() ? CheckServesHere(invocation->config) : invocation.status();
+    *exit_code = status.ok() ? RunServe(invocation->config, invocation->model)
+                             : Report("serve", status, kServeUsage);
   });
 }
 

@@ -41,6 +41,13 @@ def test_an_unknown_command_is_a_usage_error():
     assert done.returncode not in (0, -6, -11) and 'sing' in done.stdout + done.stderr
 
 
+def test_each_node_has_its_command():
+    refused = run('serve', '--world-size', 4, '--num-nodes', 2, '--node', 1, '--leader', '127.0.0.1:1')
+    assert refused.returncode == 2 and 'node is 1; the daemon is on node 0' in refused.stderr
+    refused = run('node', '--world-size', 4, '--num-nodes', 2)
+    assert refused.returncode == 1 and 'node is 0' in refused.stderr
+
+
 def test_chat_answers_a_message(daemon):
     done = run('chat', '--target', daemon.address, '--temperature', '0', 'What is MLA?')
     assert (done.returncode, done.stdout) == (0, answer_of('p00') + '\n'), done.stderr
