@@ -19,7 +19,7 @@ struct ClusterModelOptions {
   uint64_t gpu_memory_bytes = uint64_t{79} << 30;  // free of one GPU
   int32_t max_step_tokens = 2048;                  // of a rank; >= 1
   int32_t max_sequences = 256;                     // of a rank; >= 1
-  bool fp8_cache = false;                          // 656 bytes a token and layer instead of 1,152
+  bool fp8_cache = false;                          // 644 bytes a token and layer instead of 1,152
   // Rows of the fullest rank's experts over those that even routing gives it; >= 1. Chance comes on
   // top.
   double imbalance = 1.3;

@@ -52,7 +52,7 @@ void AddHardwareOptions(CLI::App& app, ClusterModelOptions* cluster) {
   add(app.add_option("--gpus-per-node", cluster->gpus_per_node, "GPUs, each a rank with a NIC"));
   add(app.add_option("--max-step-tokens", cluster->max_step_tokens, "Of a rank, in a step"));
   add(app.add_option("--max-running", cluster->max_sequences, "Sequences of a rank in a step"));
-  add(app.add_flag("--fp8-cache", cluster->fp8_cache, "Latents in FP8: 656 bytes a layer"));
+  add(app.add_flag("--fp8-cache", cluster->fp8_cache, "Latents in FP8: 644 bytes a layer"));
   add(app.add_option("--mtp-acceptance", cluster->mtp_acceptance,
                      "Of one drafted token a sequence, 0 to 1; 0: no speculation"));
   add(app.add_option("--imbalance", cluster->imbalance,

@@ -93,7 +93,7 @@ TEST(ClusterBenchTest, SaysWhatIsMeasuredAndWhatIsAssumed) {
   ClusterBenchOptions options;
   CLI::App app;
   AddClusterBenchOptions(app, &options);
-  for (const char* words : {"measured   decode step", "assumed    MTP", "assumed    FP8 cache",
+  for (const char* words : {"measured   decode step", "assumed    MTP", "measured   FP8 cache",
                             "published  InfiniBand"}) {
     EXPECT_THAT(app.help(), HasSubstr(words));
   }
