@@ -190,7 +190,7 @@ def e2e(binary: str, label: str, full: bool, env=None) -> Tally:
     report = ROOT / 'build' / f'{label}.xml'
     report.unlink(missing_ok=True)
     run([sys.executable, '-m', 'pytest', '-q', '-rs', '-p', 'no:cacheprovider', f'--junitxml={report}', 'tests/e2e'],
-        ROOT / 'build' / 'log' / f'{label}.log', tail=120, timeout=2 * 3600 if full else 900,
+        ROOT / 'build' / 'log' / f'{label}.log', tail=120, timeout=2 * 3600 if full else 1500,
         env={'LATENTD_BINARY': str(ROOT / binary), 'PYTHONDONTWRITEBYTECODE': '1', **(env or {})})
     if not report.exists():
         return Tally(failed=[f'{label}: pytest'])
