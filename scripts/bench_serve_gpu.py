@@ -16,6 +16,7 @@ import contextlib
 import json
 import pathlib
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,13 +25,22 @@ import time
 import urllib.request
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-MODEL = ['--model', str(ROOT / 'deploy/configs/shard16.json'), '--load-format', 'dummy', '--engine', 'cuda']
+# A checkpoint without weights: the configuration, and a tokenizer, which a daemon needs.
+CHECKPOINT = tempfile.TemporaryDirectory(prefix='latentd-shard16-')
+MODEL = ['--model', CHECKPOINT.name, '--load-format', 'dummy', '--engine', 'cuda']
 # The middle of the streams' lives: 800 tokens of prompt and half of the 300 that follow.
 PROMPT, OUTPUT = 800, 300
 STREAMS = 64
 MIXED_STREAMS, MIXED_PROMPT, MIXED_OUTPUT = 48, 128, 400
 ARRIVING, ARRIVING_PROMPT, ARRIVING_RATE = 20, 2048, 2  # prompts, tokens of each, a second
 START_SECONDS = 120
+
+
+def make_checkpoint():
+    folder = pathlib.Path(CHECKPOINT.name)
+    shutil.copy(ROOT / 'deploy/configs/shard16.json', folder / 'config.json')
+    for name in ('tokenizer.json', 'tokenizer_config.json', 'generation_config.json'):
+        shutil.copy(ROOT / 'deploy/demo-model' / name, folder)
 
 
 def free_port() -> int:
@@ -143,6 +153,7 @@ def main() -> int:
     parser.add_argument('--program', default=str(ROOT / 'build/latentd'))
     parser.add_argument('--max-step-tokens', type=int, default=2048, help='of the daemon (default: 2048, as latentd serve)')
     options = parser.parse_args()
+    make_checkpoint()
     for part in options.parts:
         if not re.fullmatch(r'streams|mixed|long:\d+', part):
             parser.error(f"unknown part '{part}'; known are: streams, mixed, long:TOKENS")
