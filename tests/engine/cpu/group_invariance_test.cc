@@ -4,7 +4,6 @@
 #include <gtest/gtest.h>
 
 #include <cstdlib>
-#include <cstring>
 #include <filesystem>
 #include <numeric>
 #include <string>
@@ -21,19 +20,6 @@ namespace {
 
 constexpr size_t kAlwaysGather = ~size_t{0};
 constexpr size_t kNeverGather = 0;
-
-std::vector<TokenId> SomeTokens(int count, int vocab_size, uint32_t seed) {
-  std::vector<TokenId> tokens(count);
-  for (TokenId& token : tokens) {
-    seed = seed * 1664525u + 1013904223u;
-    token = static_cast<TokenId>((seed >> 8) % vocab_size);
-  }
-  return tokens;
-}
-
-bool SameBits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
-}
 
 // Prompts of these lengths from nothing, and the logits of all their tokens by one engine.
 struct Prompts {

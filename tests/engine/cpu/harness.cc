@@ -67,6 +67,19 @@ std::vector<int32_t> GoldenInts(const Checkpoint& golden, const std::string& nam
   return Copy<int32_t>(FindOrDie(golden, name, DType::kI32));
 }
 
+std::vector<TokenId> SomeTokens(int count, int vocab_size, uint32_t seed) {
+  std::vector<TokenId> tokens(count);
+  for (TokenId& token : tokens) {
+    seed = seed * 1664525u + 1013904223u;
+    token = static_cast<TokenId>((seed >> 8) % vocab_size);
+  }
+  return tokens;
+}
+
+bool SameBits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
 void TraceRecorder::Rows(std::string_view name, int layer, const float* data, int rows, int columns,
                          ptrdiff_t stride) {
   std::vector<float>& all = floats[FullName(name, layer)];

@@ -1,6 +1,7 @@
 #ifndef LATENTD_TESTS_ENGINE_CPU_HARNESS_H_
 #define LATENTD_TESTS_ENGINE_CPU_HARNESS_H_
 
+#include <cstdint>
 #include <filesystem>
 #include <map>
 #include <memory>
@@ -37,6 +38,11 @@ LoadedModel LoadModel(const std::filesystem::path& dir,
 std::unique_ptr<Checkpoint> OpenGolden(const std::filesystem::path& file);
 std::vector<float> GoldenFloats(const Checkpoint& golden, const std::string& name);
 std::vector<int32_t> GoldenInts(const Checkpoint& golden, const std::string& name);
+
+// Tokens without a meaning, the same for the same seed.
+std::vector<TokenId> SomeTokens(int count, int vocab_size, uint32_t seed);
+
+bool SameBits(const std::vector<float>& a, const std::vector<float>& b);
 
 // Collects named tensors under Transformers' golden names: "layer3_attn_out", "embed", ...
 class TraceRecorder : public TraceSink {

@@ -4,7 +4,6 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <cstring>
 #include <filesystem>
 
 #include "tests/engine/cpu/harness.h"
@@ -12,19 +11,6 @@
 
 namespace latentd {
 namespace {
-
-std::vector<TokenId> SomeTokens(int count, int vocab_size, uint32_t seed) {
-  std::vector<TokenId> tokens(count);
-  for (TokenId& token : tokens) {
-    seed = seed * 1664525u + 1013904223u;
-    token = static_cast<TokenId>((seed >> 8) % vocab_size);
-  }
-  return tokens;
-}
-
-bool SameBits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
-}
 
 class InvarianceTest : public ::testing::TestWithParam<const Kernels*> {
  protected:

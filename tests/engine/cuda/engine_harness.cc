@@ -136,15 +136,6 @@ void EngineComparison::Check(const std::string& title, double floor) const {
       title.c_str(), median(logits.cuda), largest, median(logits.oracle), largest_oracle);
 }
 
-std::vector<TokenId> SomeTokens(int count, int vocab_size, uint32_t seed) {
-  std::vector<TokenId> tokens(count);
-  for (TokenId& token : tokens) {
-    seed = seed * 1664525u + 1013904223u;
-    token = static_cast<TokenId>((seed >> 8) % vocab_size);
-  }
-  return tokens;
-}
-
 Distance DistanceOf(const std::vector<float>& actual, const std::vector<float>& expected) {
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
   if (actual.size() != expected.size()) return {kInfinity, kInfinity};

@@ -45,8 +45,6 @@ std::unique_ptr<CudaEngine> MakeCudaEngine(const ModelConfig& config,
                                            const std::filesystem::path& dir, LoadFormat format,
                                            const CudaEngineOptions& options);
 
-std::vector<TokenId> SomeTokens(int count, int vocab_size, uint32_t seed);
-
 // The CUDA engine beside the CPU engine with FP8 activations, and the cache rounded as the CUDA
 // engine holds it (the oracle), and beside the exact CPU engine.
 //

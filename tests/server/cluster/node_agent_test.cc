@@ -18,6 +18,7 @@
 #include "gmock/gmock.h"
 #include "grpcpp/grpcpp.h"
 #include "gtest/gtest.h"
+#include "tests/server/cluster/within.h"
 
 namespace latentd {
 namespace {
@@ -25,18 +26,6 @@ namespace {
 namespace fs = std::filesystem;
 using ::testing::AnyOf;
 using ::testing::HasSubstr;
-
-constexpr absl::Duration kPatience = absl::Seconds(60);  // of tests on a busy machine
-
-template <typename Condition>
-bool Within(absl::Duration time, Condition condition) {
-  const absl::Time deadline = absl::Now() + time;
-  while (!condition()) {
-    if (absl::Now() > deadline) return false;
-    absl::SleepFor(absl::Milliseconds(5));
-  }
-  return true;
-}
 
 // A leader that does as the test says: real gRPC, one agent.
 class FakeLeader final : public v1::RankService::Service {

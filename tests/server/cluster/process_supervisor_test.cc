@@ -19,24 +19,13 @@
 #include "absl/time/clock.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "tests/server/cluster/within.h"
 
 namespace latentd {
 namespace {
 
 namespace fs = std::filesystem;
 using ::testing::HasSubstr;
-
-constexpr absl::Duration kPatience = absl::Seconds(60);  // of tests on a busy machine
-
-template <typename Condition>
-bool Within(absl::Duration time, Condition condition) {
-  const absl::Time deadline = absl::Now() + time;
-  while (!condition()) {
-    if (absl::Now() > deadline) return false;
-    absl::SleepFor(absl::Milliseconds(5));
-  }
-  return true;
-}
 
 std::vector<std::string> Lines(const fs::path& file) {
   std::ifstream stream(file);
