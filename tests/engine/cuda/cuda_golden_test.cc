@@ -266,9 +266,8 @@ TEST_P(CudaGoldenTest, LogitsAndExpertsAreTransformers) {
     EXPECT_LE(engine.RelativeQuantile(0.99), 0.015);
     EXPECT_GE(engine.same_choices(), 0.995);
   } else {
-    // One logit of a token with other experts may be further off; measured 0.51 of rms, and 0.87
-    // with an FP8 cache, which moves more tokens over such a border.
-    EXPECT_LE(engine.undisturbed_largest(), tolerance());
+    // With an FP8 cache one logit of a token with other experts is further off: 0.87 of rms.
+    EXPECT_LE(fp8_cache() ? engine.undisturbed_largest() : engine.largest(), tolerance());
     EXPECT_LE(engine.RelativeQuantile(0.99), 0.1);
     EXPECT_GE(engine.same_rows(), oracle.same_rows() - 0.01);
   }
