@@ -34,11 +34,12 @@ __global__ void FillRandom(__nv_bfloat16* data, int64_t size) {
   }
 }
 
+constexpr int64_t kFp8BlockBytes = MlaCacheBlockBytes(CacheFormat::kFp8);
+
 __global__ void FillRandomFp8(std::byte* data, int64_t num_blocks) {
   constexpr float kScale = 1.f / 64;
-  constexpr int64_t kBlockBytes = MlaCacheBlockBytes(CacheFormat::kFp8);
   for (int64_t b = blockIdx.x; b < num_blocks; b += gridDim.x) {
-    std::byte* block = data + b * kBlockBytes;
+    std::byte* block = data + b * kFp8BlockBytes;
     for (int i = threadIdx.x; i < kBlockKeys * kMlaLatentDim; i += blockDim.x) {
       block[i] = std::byte{__nv_cvt_float_to_fp8(
           RandomNormal(b * kBlockKeys * kMlaKeyDim + i) / kScale, __NV_SATFINITE, __NV_E4M3)};
