@@ -282,7 +282,7 @@ ClusterStats ClusterLeader::stats() const {
 }
 
 absl::Status ClusterLeader::RunStep(int64_t epoch, int64_t step,
-                                    absl::Span<grpc::ByteBuffer> messages,
+                                    std::vector<grpc::ByteBuffer> messages,
                                     std::vector<StepResult>* results) {
   std::vector<std::shared_ptr<PeerStream>> streams;
   {
@@ -292,9 +292,9 @@ absl::Status ClusterLeader::RunStep(int64_t epoch, int64_t step,
     }
   }
   const absl::Time deadline = absl::Now() + options_.step_deadline;
-  for (size_t rank = 0; rank < streams.size(); ++rank) {
-    streams[rank]->Send(std::move(messages[rank]));
-  }
+  server_->Post([streams = std::move(streams), messages = std::move(messages)] {
+    for (size_t rank = 0; rank < streams.size(); ++rank) streams[rank]->Send(messages[rank]);
+  });
   absl::MutexLock lock(&mutex_);
   while (!group_->step_done()) {
     if (changed_.WaitWithDeadline(&mutex_, deadline)) {

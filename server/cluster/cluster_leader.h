@@ -12,7 +12,6 @@
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
-#include "absl/types/span.h"
 #include "engine/engine.h"
 #include "engine/step.h"
 #include "server/cluster/cluster_stats.h"
@@ -58,9 +57,9 @@ class ClusterLeader {
 
   // Sends each rank its message, and waits for all results. ABORTED when there is no group of this
   // epoch, or none any more when the step ends: why. One call at a time.
-  //   messages  [world_size]; left empty
+  //   messages  [world_size]
   //   results   [world_size]; overwritten
-  absl::Status RunStep(int64_t epoch, int64_t step, absl::Span<grpc::ByteBuffer> messages,
+  absl::Status RunStep(int64_t epoch, int64_t step, std::vector<grpc::ByteBuffer> messages,
                        std::vector<StepResult>* results) ABSL_LOCKS_EXCLUDED(mutex_);
   // The results of a rank in the latest step cannot be. The group is given up, the rank killed.
   void RefuseResult(int32_t rank, const std::string& what) ABSL_LOCKS_EXCLUDED(mutex_);

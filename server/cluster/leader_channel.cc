@@ -24,6 +24,11 @@ std::shared_ptr<grpc::Channel> DialLeader(const std::string& leader, absl::Durat
   arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, ms(keepalive_timeout));
   arguments.SetInt(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
   arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
+  // A step is one small message each way. Probing for bandwidth would answer each with a ping, and
+  // small windows with an update; both cost the leader more than the step.
+  arguments.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 0);
+  arguments.SetInt(GRPC_ARG_HTTP2_STREAM_LOOKAHEAD_BYTES, 16 << 20);
+  arguments.SetInt(GRPC_ARG_HTTP2_MAX_FRAME_SIZE, 1 << 20);
   return grpc::CreateCustomChannel(leader, grpc::InsecureChannelCredentials(), arguments);
 }
 

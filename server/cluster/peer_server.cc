@@ -8,9 +8,37 @@
 #include "absl/strings/strip.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
+#include "grpcpp/alarm.h"
 #include "server/status.h"
 
 namespace latentd {
+
+// What the completion queue gives back.
+struct PeerServer::Tag {
+  virtual ~Tag() = default;
+  virtual void End(bool ok) = 0;
+};
+
+class PeerServer::Posted final : public Tag {
+ public:
+  Posted(PeerServer* server, std::function<void()> work)
+      : server_(server), work_(std::move(work)) {}
+
+  void Begin() {
+    ++server_->num_operations_;
+    alarm_.Set(server_->queue_.get(), gpr_time_0(GPR_CLOCK_MONOTONIC), static_cast<Tag*>(this));
+  }
+  void End(bool) override {
+    work_();
+    --server_->num_operations_;
+    delete this;
+  }
+
+ private:
+  PeerServer* const server_;
+  const std::function<void()> work_;
+  grpc::Alarm alarm_;
+};
 
 // A stream is there as long as gRPC has an operation of it, and as long as somebody holds it.
 class PeerServer::Stream final : public PeerStream, public std::enable_shared_from_this<Stream> {
@@ -21,17 +49,19 @@ class PeerServer::Stream final : public PeerStream, public std::enable_shared_fr
         rank_(rank),
         stream_(&context_) {}
 
-  // One of gRPC's operations: what its completion queue gives back.
-  struct Operation {
+  // One of gRPC's operations.
+  struct Operation final : Tag {
+    explicit Operation(void (Stream::*done)(bool ok)) : done(done) {}
+
     void (Stream::*done)(bool ok);
     std::shared_ptr<Stream> stream = nullptr;  // while it is under way
 
     void* Begin(std::shared_ptr<Stream> self) {
       stream = std::move(self);
       ++stream->server_->num_operations_;
-      return this;
+      return static_cast<Tag*>(this);
     }
-    void End(bool ok) {
+    void End(bool ok) override {
       const std::shared_ptr<Stream> kept = std::move(stream);  // `this` is a part of it
       (kept.get()->*done)(ok);
       --kept->server_->num_operations_;
@@ -150,6 +180,10 @@ absl::StatusOr<std::unique_ptr<PeerServer>> PeerServer::Start(Options options) {
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
   builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 1000);
   builder.AddChannelArgument(GRPC_ARG_HTTP2_MAX_PING_STRIKES, 0);
+  // As in leader_channel.cc.
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_BDP_PROBE, 0);
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_STREAM_LOOKAHEAD_BYTES, 1 << 20);
+  builder.AddChannelArgument(GRPC_ARG_ENABLE_PER_MESSAGE_COMPRESSION, 0);
   builder.SetMaxReceiveMessageSize(64 << 20);
   builder.SetMaxSendMessageSize(-1);
   builder.AddListeningPort(server->options_.listen, grpc::InsecureServerCredentials(),
@@ -178,6 +212,8 @@ void PeerServer::Stop(absl::Duration grace) {
   thread_.join();
 }
 
+void PeerServer::Post(std::function<void()> work) { (new Posted(this, std::move(work)))->Begin(); }
+
 void PeerServer::Accept(bool rank) { std::make_shared<Stream>(this, rank)->Accept(); }
 
 void PeerServer::Run() {
@@ -193,7 +229,7 @@ void PeerServer::Run() {
     bool ok = false;
     const auto next = queue_->AsyncNext(&tag, &ok, absl::ToChronoTime(next_tick));
     if (next == grpc::CompletionQueue::SHUTDOWN) return;
-    if (next == grpc::CompletionQueue::GOT_EVENT) static_cast<Stream::Operation*>(tag)->End(ok);
+    if (next == grpc::CompletionQueue::GOT_EVENT) static_cast<Tag*>(tag)->End(ok);
     if (const absl::Time now = absl::Now(); now >= next_tick) {
       if (options_.on_tick && !stopping_) options_.on_tick();
       next_tick = now + options_.tick_interval;

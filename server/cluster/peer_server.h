@@ -75,11 +75,17 @@ class PeerServer {
 
   int port() const { return port_; }
 
+  // Has the server's thread do `work` soon. What it sends to many streams then wakes it once, not
+  // for every one of them. Any thread; not after Stop().
+  void Post(std::function<void()> work);
+
   // Ends all streams, those that are Finish()ed and listened to within `grace`; then no handler is
   // called any more. Not from a handler.
   void Stop(absl::Duration grace = absl::ZeroDuration());
 
  private:
+  struct Tag;
+  class Posted;
   class Stream;
   using Service = latentd::v1::RankService::WithRawMethod_Join<
       latentd::v1::RankService::WithRawMethod_Attach<latentd::v1::RankService::Service>>;
@@ -93,7 +99,7 @@ class PeerServer {
   std::unique_ptr<grpc::ServerCompletionQueue> queue_;
   std::unique_ptr<grpc::Server> server_;
   int port_ = 0;
-  std::atomic<int> num_operations_{0};  // of all streams, under way
+  std::atomic<int> num_operations_{0};  // under way
   std::atomic<bool> stopping_{false};
   std::thread thread_;
 };

@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "engine/plan_split.h"
@@ -16,10 +19,7 @@ using google::protobuf::internal::WireFormatLite;
 using google::protobuf::io::CodedOutputStream;
 
 RemoteEngine::RemoteEngine(ClusterLeader* leader)
-    : leader_(leader),
-      info_(leader->info()),
-      cache_epoch_(leader->formed_epoch()),
-      messages_(info_.num_dp_ranks) {}
+    : leader_(leader), info_(leader->info()), cache_epoch_(leader->formed_epoch()) {}
 
 absl::StatusOr<StepResult> RemoteEngine::Execute(const StepPlan& plan) {
   const int64_t epoch = leader_->formed_epoch();
@@ -34,10 +34,10 @@ absl::StatusOr<StepResult> RemoteEngine::RunStep(int64_t epoch, const StepPlan& 
     return absl::AbortedError("the group was formed again since the last step");
   }
   SplitPlan(plan, info_.num_dp_ranks, &shares_);
-  for (size_t rank = 0; rank < shares_.size(); ++rank) {
-    messages_[rank] = EncodeStepMessage(epoch, shares_[rank]);
-  }
-  RETURN_IF_ERROR(leader_->RunStep(epoch, plan.step, absl::MakeSpan(messages_), &results_));
+  std::vector<grpc::ByteBuffer> messages;
+  messages.reserve(shares_.size());
+  for (const StepPlan& share : shares_) messages.push_back(EncodeStepMessage(epoch, share));
+  RETURN_IF_ERROR(leader_->RunStep(epoch, plan.step, std::move(messages), &results_));
   for (size_t rank = 0; rank < shares_.size(); ++rank) {
     const absl::Status status = CheckResult(shares_[rank], results_[rank]);
     if (status.ok()) continue;

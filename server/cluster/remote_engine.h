@@ -37,9 +37,8 @@ class RemoteEngine final : public Engine {
   int64_t cache_epoch_;
 
   // Used again from step to step.
-  std::vector<StepPlan> shares_;            // [world_size]
-  std::vector<grpc::ByteBuffer> messages_;  // [world_size]
-  std::vector<StepResult> results_;         // [world_size]
+  std::vector<StepPlan> shares_;     // [world_size]
+  std::vector<StepResult> results_;  // [world_size]
 };
 
 // A LeaderMessage of a step, with `plan` encoded once, in its place.
