@@ -101,6 +101,17 @@ TEST(CheckTest, AGroupOfSixteenIsPlannedFor) {
   // Two matrices of 129280 x 7168 bf16.
   EXPECT_THAT(cpu.output, HasSubstr("whole on every rank, 3.45 GiB"));
   EXPECT_THAT(cpu.output, HasSubstr("KV cache: 1280 tokens on each rank, 20480 on all"));
+  if (!ChooseEngine("cuda").ok()) return;
+  config.engine = "cuda";
+  config.kv_cache_tokens = 0;
+  const Checked gpu = Check(config);
+  ASSERT_TRUE(gpu.status.ok()) << gpu.status;
+  EXPECT_THAT(gpu.output, HasSubstr("engine: cuda, each rank:"));
+  EXPECT_THAT(gpu.output, HasSubstr("fits into the 79.0 GiB that such a GPU has left"));
+  // What README says that two nodes hold.
+  EXPECT_THAT(gpu.output, HasSubstr("KV cache: 276672 tokens on each rank, 4426752 on all"));
+  config.kv_cache_dtype = "fp8";
+  EXPECT_THAT(Check(config).output, HasSubstr("KV cache: 494912 tokens on each rank"));
 }
 
 TEST(CheckTest, ExpertsThatCannotBeDealtOutEvenlyAreCountedForTheFullestRank) {

@@ -68,8 +68,9 @@ TEST_F(FingerprintTest, IsSha256AndTheSameEverywhere) {
 const std::set<std::string_view> kOwn = {"node", "device", "leader", "listen", "log_level"};
 // What changes the ranks' results, or the shape of their steps.
 const std::set<std::string_view> kShared = {
-    "world_size",  "num_nodes",     "engine",          "load_format",         "kv_cache_memory",
-    "max_running", "max_model_len", "max_step_tokens", "max_graph_sequences", "batch_invariant"};
+    "world_size",      "num_nodes",           "engine",         "load_format",
+    "kv_cache_memory", "kv_cache_dtype",      "max_running",    "max_model_len",
+    "max_step_tokens", "max_graph_sequences", "batch_invariant"};
 
 TEST_F(FingerprintTest, CountsTheKeysThatRanksMustShareAndNoOther) {
   size_t known = 0;
@@ -80,8 +81,8 @@ TEST_F(FingerprintTest, CountsTheKeysThatRanksMustShareAndNoOther) {
     }
     ServeConfig changed;
     bool set = false;
-    for (const char* value :
-         {"3", "true", "false", "4s", "2MiB", "cuda", "dummy", "error", "json", "1.2.3.4:5"}) {
+    for (const char* value : {"3", "true", "false", "4s", "2MiB", "cuda", "dummy", "fp8", "error",
+                              "json", "1.2.3.4:5"}) {
       ServeConfig other;
       if (!SetConfigValue(key, value, &other).ok()) continue;
       if (ConfigValue(key, other) == ConfigValue(key, ServeConfig())) continue;
