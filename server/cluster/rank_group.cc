@@ -259,9 +259,7 @@ void RankGroup::OnStepDone(int32_t rank, const v1::StepDone& done, absl::Time no
                      now);
   }
   if (const absl::Status status = FromWire(done.status()); !status.ok()) {
-    return GiveUpEpoch(LossReason::kStepError,
-                       absl::StrCat("rank ", rank, ": step ", done.step(), ": ", status.message()),
-                       now);
+    return OnStepError(rank, status, now);
   }
   if (const absl::Status status = DecodeResult(done.result(), &(*step_->results)[rank]);
       !status.ok()) {
@@ -271,7 +269,21 @@ void RankGroup::OnStepDone(int32_t rank, const v1::StepDone& done, absl::Time no
   if (--step_->num_missing == 0) {
     ++stats_.num_steps;
     backoff_ = options_.min_backoff;
+    for (Member& each : members_) each.num_step_errors = 0;
   }
+}
+
+// Nobody is lost by an error of a step, which may have been a peer's; but a rank that fails step
+// after step by itself holds up all others.
+void RankGroup::OnStepError(int32_t rank, const absl::Status& status, absl::Time now) {
+  const std::string why =
+      absl::StrCat("rank ", rank, ": step ", step_->number, ": ", status.message());
+  const bool of_a_peer = absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status) ||
+                         absl::IsAborted(status) || absl::IsCancelled(status);
+  if (!of_a_peer && ++members_[rank].num_step_errors >= options_.max_step_errors) {
+    return Lose(rank, LossReason::kFailed, why, /*kill=*/true, now);
+  }
+  GiveUpEpoch(LossReason::kStepError, why, now);
 }
 
 void RankGroup::OnStepDeadline(absl::Time now) {

@@ -36,6 +36,8 @@ struct ClusterOptions {
   // Between the loss of a group and the forming of the next: doubled as long as no step succeeds.
   absl::Duration min_backoff = absl::Milliseconds(100);
   absl::Duration max_backoff = absl::Seconds(5);
+  // Steps that may fail on end by an error of one rank's own; then its process is replaced.
+  int32_t max_step_errors = 3;
   // Processes of one rank that may be lost before the first forming; then loading has failed.
   int32_t max_early_losses = 5;
 };
@@ -127,6 +129,7 @@ class RankGroup {
     std::string waiting_in;  // as the last heartbeat said
     std::string transport;
     int32_t num_early_losses = 0;
+    int32_t num_step_errors = 0;  // its own, since a step has succeeded
   };
   struct Step {
     int64_t number = 0;
@@ -140,6 +143,7 @@ class RankGroup {
   void OnReady(int32_t rank, const v1::RankReady& ready, absl::Time now);
   void OnFormed(int32_t rank, const v1::Formed& formed, absl::Time now);
   void OnStepDone(int32_t rank, const v1::StepDone& done, absl::Time now);
+  void OnStepError(int32_t rank, const absl::Status& status, absl::Time now);
   void OnAborted(int32_t rank, const v1::Aborted& aborted);
   void OnFailed(int32_t rank, const absl::Status& why, absl::Time now);
   // The rank's process is not reckoned with any more; `kill` where it may still run.

@@ -7,7 +7,7 @@
 namespace latentd {
 namespace {
 
-Fault Take(int32_t rank, std::map<int32_t, Fault>* faults) {
+Fault Take(int32_t rank, std::multimap<int32_t, Fault>* faults) {
   const auto found = faults->find(rank);
   if (found == faults->end()) return Fault::kNone;
   const Fault fault = found->second;
@@ -17,14 +17,14 @@ Fault Take(int32_t rank, std::map<int32_t, Fault>* faults) {
 
 }  // namespace
 
-void FakeFabric::InjectInStep(int32_t rank, Fault fault) {
+void FakeFabric::InjectInStep(int32_t rank, Fault fault, int times) {
   absl::MutexLock lock(&mutex_);
-  step_faults_[rank] = fault;
+  for (int i = 0; i < times; ++i) step_faults_.emplace(rank, fault);
 }
 
 void FakeFabric::InjectInJoin(int32_t rank, Fault fault) {
   absl::MutexLock lock(&mutex_);
-  join_faults_[rank] = fault;
+  join_faults_.emplace(rank, fault);
 }
 
 Fault FakeFabric::TakeStepFault(int32_t rank) {
@@ -109,6 +109,9 @@ absl::Status FakeMember::Suffer(Fault fault) {
     case Fault::kError:
       epoch_ = 0;
       return absl::UnavailableError("injected error");
+    case Fault::kOwnError:
+      epoch_ = 0;
+      return absl::InternalError("injected error of its own");
     case Fault::kHang:
       wait(/*listen=*/true);
       epoch_ = 0;

@@ -25,6 +25,7 @@ enum class Fault {
   kNone,
   kDie,        // its process is gone, before it has computed
   kError,      // an error of the collective
+  kOwnError,   // one of its own
   kFewTokens,  // a result with a token less than it must have
   kBadToken,   // a result with a token that is none
 
@@ -32,7 +33,7 @@ enum class Fault {
   kHangForEver,  // does not listen to that either, until its process is killed
   kLost,         // its engine will compute nothing any more
 };
-inline constexpr int kNumFaults = 8;
+inline constexpr int kNumFaults = 9;
 
 // Where the ranks of a test meet, instead of exchanging tensors, and which faults they have. Any
 // thread.
@@ -42,8 +43,8 @@ class FakeFabric {
 
   int32_t world_size() const { return world_size_; }
 
-  // The next step of `rank`, or its next joining of a group, has this fault.
-  void InjectInStep(int32_t rank, Fault fault) ABSL_LOCKS_EXCLUDED(mutex_);
+  // The next steps of `rank`, or its next joining of a group, have this fault.
+  void InjectInStep(int32_t rank, Fault fault, int times = 1) ABSL_LOCKS_EXCLUDED(mutex_);
   void InjectInJoin(int32_t rank, Fault fault) ABSL_LOCKS_EXCLUDED(mutex_);
   Fault TakeStepFault(int32_t rank) ABSL_LOCKS_EXCLUDED(mutex_);
   Fault TakeJoinFault(int32_t rank) ABSL_LOCKS_EXCLUDED(mutex_);
@@ -58,8 +59,8 @@ class FakeFabric {
  private:
   const int32_t world_size_;
   absl::Mutex mutex_;
-  std::map<int32_t, Fault> step_faults_ ABSL_GUARDED_BY(mutex_);
-  std::map<int32_t, Fault> join_faults_ ABSL_GUARDED_BY(mutex_);
+  std::multimap<int32_t, Fault> step_faults_ ABSL_GUARDED_BY(mutex_);
+  std::multimap<int32_t, Fault> join_faults_ ABSL_GUARDED_BY(mutex_);
   std::map<std::pair<int64_t, int64_t>, int32_t> present_ ABSL_GUARDED_BY(mutex_);
 };
 

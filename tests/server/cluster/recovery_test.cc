@@ -127,6 +127,18 @@ TEST_P(RecoveryTest, AStepFails) {
   EXPECT_EQ(served.cluster().fabric.num_loads, GetParam());  // nobody had to load again
 }
 
+TEST_P(RecoveryTest, ARankThatFailsStepAfterStepIsKilled) {
+  Served served(GetParam());
+  for (int i = 0; i < 6; ++i) served.Submit(i, 50, 30);
+  served.log().WaitForEvents(0, 3);
+  served.cluster().fabric.InjectInStep(0, Fault::kOwnError, 3);
+  served.ExpectAllRight();
+  EXPECT_EQ(served.given_up(LossReason::kStepError), 2);
+  EXPECT_EQ(served.lost(LossReason::kFailed), 1);
+  EXPECT_EQ(served.cluster().ranks->num_kills(), 1);
+  EXPECT_EQ(served.cluster().fabric.num_loads, GetParam() + 1);
+}
+
 TEST_P(RecoveryTest, GarbageIsNotBelieved) {
   Served served(GetParam());
   for (int i = 0; i < 6; ++i) served.Submit(i, 50, 60);
