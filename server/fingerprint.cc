@@ -1,7 +1,5 @@
 #include "server/fingerprint.h"
 
-#include <openssl/evp.h>
-
 #include <algorithm>
 #include <cstddef>
 #include <memory>
@@ -11,6 +9,7 @@
 #include "engine/model/safetensors.h"
 #include "engine/status.h"
 #include "fmt/format.h"
+#include "server/sha256.h"
 
 namespace latentd {
 namespace {
@@ -18,25 +17,6 @@ namespace {
 constexpr size_t kMaxConfigBytes = size_t{16} << 20;
 constexpr size_t kSampledTensors = 128;  // each may cost a seek or two of a network file system
 constexpr size_t kSampledBytes = 64;     // at each end of a tensor
-
-class Sha256 {
- public:
-  Sha256() { EVP_DigestInit_ex(context_.get(), EVP_sha256(), nullptr); }
-
-  void Add(std::string_view bytes) { EVP_DigestUpdate(context_.get(), bytes.data(), bytes.size()); }
-
-  // REQUIRES: called once.
-  std::string Hex() {
-    unsigned char digest[EVP_MAX_MD_SIZE];
-    unsigned int size = 0;
-    EVP_DigestFinal_ex(context_.get(), digest, &size);
-    return fmt::format("{:02x}", fmt::join(digest, digest + size, ""));
-  }
-
- private:
-  const std::unique_ptr<EVP_MD_CTX, decltype(&EVP_MD_CTX_free)> context_{EVP_MD_CTX_new(),
-                                                                         EVP_MD_CTX_free};
-};
 
 }  // namespace
 
@@ -47,7 +27,7 @@ absl::StatusOr<std::string> ConfigHash(const ServeConfig& config, const ModelPat
     if (key.shared) hash.Add(fmt::format("{} = {}\n", key.name, ConfigValue(key, config)));
   }
   hash.Add(json);
-  return hash.Hex();
+  return HexOf(hash.Finish());
 }
 
 absl::StatusOr<std::string> CheckpointHash(const ServeConfig& config, const ModelPath& model) {
@@ -67,7 +47,7 @@ absl::StatusOr<std::string> CheckpointHash(const ServeConfig& config, const Mode
       hash.Add(std::string_view(sample).substr(0, edge));
     }
   }
-  return hash.Hex();
+  return HexOf(hash.Finish());
 }
 
 }  // namespace latentd
