@@ -8,13 +8,26 @@
 
 namespace latentd {
 
-// One more item in the chain that CreateJobRequest.Commit.sha256 and GetUploadResponse.sha256
-// speak of. The chain begins empty; `item` is the serialized BatchItem as it is sent.
-inline std::string ChainItem(std::string_view chain, std::string_view item) {
-  std::string both(chain);
-  both += Sha256::Of(item);
-  return Sha256::Of(both);
-}
+// The hash chain over the items of an upload, as CreateJobRequest.Commit.sha256 says: two sides
+// that have the same value have the same items. Not for several threads at once.
+class ItemChain {
+ public:
+  // `value`: what there is; empty: no items yet.
+  explicit ItemChain(std::string_view value = "") : value_(value) {}
+
+  // One more: `item` is a serialized BatchItem, as it is sent.
+  void Add(std::string_view item) {
+    const std::string digest = Sha256::Of(item);
+    chain_.Add(value_);
+    chain_.Add(digest);
+    value_ = chain_.Finish();
+  }
+  const std::string& value() const { return value_; }
+
+ private:
+  Sha256 chain_;
+  std::string value_;
+};
 
 }  // namespace latentd
 

@@ -28,10 +28,15 @@ TEST(Sha256Test, PiecesAreTheWholeAndAnObjectBeginsAnew) {
 }
 
 TEST(Sha256Test, ChainIsOfTheDigestsInTheirOrder) {
-  const std::string one = ChainItem("", "first");
-  EXPECT_EQ(one, Sha256::Of(Sha256::Of("first")));
-  EXPECT_EQ(ChainItem(one, "second"), Sha256::Of(one + Sha256::Of("second")));
-  EXPECT_NE(ChainItem(one, "second"), ChainItem(ChainItem("", "second"), "first"));
+  ItemChain chain;
+  EXPECT_EQ(chain.value(), "");
+  chain.Add("first");
+  EXPECT_EQ(chain.value(), Sha256::Of(Sha256::Of("first")));
+  ItemChain resumed(chain.value());
+  chain.Add("second");
+  resumed.Add("second");
+  EXPECT_EQ(chain.value(), Sha256::Of(Sha256::Of(Sha256::Of("first")) + Sha256::Of("second")));
+  EXPECT_EQ(resumed.value(), chain.value());
 }
 
 }  // namespace
