@@ -134,6 +134,12 @@ absl::Status CheckTogether(const ServeConfig& config) {
                     "token of the step",
                     config.max_step_tokens, config.max_running));
   }
+  if (!config.batch_dir.empty() && config.batch_max_item_bytes > config.max_message_bytes) {
+    return absl::InvalidArgumentError(
+        fmt::format("batch_max_item_bytes is {} and max_message_bytes is {}; an item must fit into "
+                    "a message",
+                    SizeText(config.batch_max_item_bytes), SizeText(config.max_message_bytes)));
+  }
   return CheckGroup(config);
 }
 

@@ -58,6 +58,15 @@ struct ServeConfig {
   std::string chat_template;
   bool allow_request_chat_template = false;
 
+  std::string batch_dir;
+  int64_t batch_max_running = 0;
+  int64_t batch_max_item_bytes = int64_t{4} << 20;
+  int64_t batch_max_job_items = 1'000'000;
+  int64_t batch_max_jobs = 100;
+  int64_t batch_max_items = 10'000'000;
+  absl::Duration batch_result_ttl = absl::Hours(30 * 24);
+  absl::Duration batch_upload_ttl = absl::Hours(24);
+
   int64_t max_message_bytes = int64_t{16} << 20;  // bytes
   int64_t max_concurrent_requests = 4096;
   absl::Duration drain_timeout = absl::Minutes(5);

@@ -19,13 +19,13 @@
 #include "server/request_builder.h"
 #include "server/status.h"
 #include "server/stream.h"
+#include "server/wire.h"
 #include "server/worker_pool.h"
 
 namespace latentd {
 namespace {
 
-// Raw: gRPC hands us bytes. So a message that does not parse gets an error of ours (gRPC's own
-// would be UNIMPLEMENTED without a word), and parsing a long one does not hold up a gRPC thread.
+// Raw: gRPC hands us bytes; wire.h says why.
 template <typename Service>
 using Raw = v1::InferenceService::WithRawCallbackMethod_Chat<
     v1::InferenceService::WithRawCallbackMethod_StreamChat<
@@ -37,18 +37,6 @@ using Raw = v1::InferenceService::WithRawCallbackMethod_Chat<
                             v1::InferenceService::WithRawCallbackMethod_GetModel<
                                 v1::InferenceService::WithRawCallbackMethod_ListModels<
                                     Service>>>>>>>>>;
-
-template <typename Message>
-absl::StatusOr<Message> Parse(const grpc::ByteBuffer& bytes) {
-  grpc::ProtoBufferReader reader(const_cast<grpc::ByteBuffer*>(&bytes));
-  Message message;
-  if (reader.status().ok() && message.ParseFromZeroCopyStream(&reader)) return message;
-  const std::string type = Message::descriptor()->full_name();
-  return MakeError(
-      absl::StatusCode::kInvalidArgument, "MALFORMED_MESSAGE",
-      absl::StrCat("the message is no ", type, ": cut short, garbled, or a string is not UTF-8"),
-      {{"type", type}});
-}
 
 absl::Status Overloaded(absl::string_view what, int64_t limit) {
   return MakeError(absl::StatusCode::kResourceExhausted, "TOO_MANY_REQUESTS",

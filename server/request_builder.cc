@@ -161,25 +161,31 @@ Json KwargsJson(const v1::ChatRequest& chat, const std::string& prefix, RequestE
   return kwargs;
 }
 
-// Every field of a conversation. `kwargs` is filled.
-absl::Status CheckChat(const v1::ChatRequest& chat, const ServedModel& model, Purpose purpose,
-                       bool allow_request_chat_template, const std::string& prefix, Json* kwargs) {
-  RETURN_IF_ERROR(CheckModelName(chat.model(), model));
-  RequestErrors errors;
-  CheckMessages(chat, prefix, &errors);
-  CheckTools(chat, prefix, purpose, &errors);
-  CheckResponseFormat(chat.response_format(), prefix, purpose, &errors);
-  CheckSampling(chat.sampling(), model, absl::StrCat(prefix, "sampling."), purpose, &errors);
-  CheckLimits(chat.limits(), model, absl::StrCat(prefix, "limits."), &errors);
-  CheckOutputs(chat.outputs(), /*is_chat=*/true, absl::StrCat(prefix, "outputs."), purpose,
-               &errors);
-  CheckServing(chat.serving(), absl::StrCat(prefix, "serving."), &errors);
-  *kwargs = KwargsJson(chat, prefix, &errors);
+// Every field of a conversation but its model. The template's kwargs.
+Json CheckFields(const v1::ChatRequest& chat, const ServedModel& model, Purpose purpose,
+                 const std::string& prefix, RequestErrors* errors) {
+  CheckMessages(chat, prefix, errors);
+  CheckTools(chat, prefix, purpose, errors);
+  CheckResponseFormat(chat.response_format(), prefix, purpose, errors);
+  CheckSampling(chat.sampling(), model, absl::StrCat(prefix, "sampling."), purpose, errors);
+  CheckLimits(chat.limits(), model, absl::StrCat(prefix, "limits."), errors);
+  CheckOutputs(chat.outputs(), /*is_chat=*/true, absl::StrCat(prefix, "outputs."), purpose, errors);
+  CheckServing(chat.serving(), absl::StrCat(prefix, "serving."), errors);
   if (chat.chat_template().size() > kMaxTemplateBytes) {
-    errors.Invalid(
+    errors->Invalid(
         absl::StrCat(prefix, "chat_template"),
         absl::StrCat("has ", chat.chat_template().size(), " bytes; at most ", kMaxTemplateBytes));
   }
+  return KwargsJson(chat, prefix, errors);
+}
+
+// The template's kwargs, when nothing is wrong with the conversation.
+absl::StatusOr<Json> CheckConversation(const v1::ChatRequest& chat, const ServedModel& model,
+                                       Purpose purpose, bool allow_request_chat_template,
+                                       const std::string& prefix) {
+  RETURN_IF_ERROR(CheckModelName(chat.model(), model));
+  RequestErrors errors;
+  Json kwargs = CheckFields(chat, model, purpose, prefix, &errors);
   RETURN_IF_ERROR(errors.ToStatus());
   if (chat.has_chat_template() && !allow_request_chat_template) {
     const std::string field = absl::StrCat(prefix, "chat_template");
@@ -187,7 +193,7 @@ absl::Status CheckChat(const v1::ChatRequest& chat, const ServedModel& model, Pu
                      absl::StrCat(field, ": this server takes no template from a request"),
                      {{"field", field}});
   }
-  return absl::OkStatus();
+  return kwargs;
 }
 
 absl::Status TemplateError(const absl::Status& status, const std::string& field) {
@@ -337,11 +343,35 @@ absl::Status CheckModelName(absl::string_view name, const ServedModel& model) {
                    {{"model", std::string(name)}, {"served", model.name}});
 }
 
+void CheckChat(const v1::ChatRequest& proto, const ServedModel& model, const std::string& prefix,
+               RequestErrors* errors) {
+  CheckFields(proto, model, Purpose::kGenerate, prefix, errors);
+}
+
+void CheckCompletion(const v1::CompleteRequest& proto, const ServedModel& model,
+                     const std::string& prefix, RequestErrors* errors) {
+  const auto field = [&prefix](absl::string_view name) { return absl::StrCat(prefix, name); };
+  if (proto.prompt_case() == v1::CompleteRequest::PROMPT_NOT_SET) {
+    errors->Invalid(field("prompt"), "is not set; must be text or tokens");
+  }
+  CheckTokenIds(proto.tokens().ids(), model, field("tokens.ids"), errors);
+  if (proto.has_tokens() && proto.add_special_tokens()) {
+    errors->Invalid(field("add_special_tokens"), "is for a prompt of text");
+  }
+  if (proto.has_tokens() && proto.parse_control_tokens()) {
+    errors->Invalid(field("parse_control_tokens"), "is for a prompt of text");
+  }
+  CheckResponseFormat(proto.response_format(), prefix, Purpose::kGenerate, errors);
+  CheckSampling(proto.sampling(), model, field("sampling."), Purpose::kGenerate, errors);
+  CheckLimits(proto.limits(), model, field("limits."), errors);
+  CheckOutputs(proto.outputs(), /*is_chat=*/false, field("outputs."), Purpose::kGenerate, errors);
+  CheckServing(proto.serving(), field("serving."), errors);
+}
+
 absl::StatusOr<GenerationRequest> BuildChat(const v1::ChatRequest& proto, const ServedModel& model,
                                             bool allow_request_chat_template) {
-  Json kwargs;
-  RETURN_IF_ERROR(CheckChat(proto, model, Purpose::kGenerate, allow_request_chat_template,
-                            /*prefix=*/"", &kwargs));
+  ASSIGN_OR_RETURN(Json kwargs, CheckConversation(proto, model, Purpose::kGenerate,
+                                                  allow_request_chat_template, /*prefix=*/""));
   ASSIGN_OR_RETURN(RenderedChat rendered, Render(proto, model, std::move(kwargs),
                                                  /*add_generation_prompt=*/true, /*prefix=*/""));
   GenerationRequest request;
@@ -357,21 +387,7 @@ absl::StatusOr<GenerationRequest> BuildCompletion(const v1::CompleteRequest& pro
                                                   const ServedModel& model) {
   RETURN_IF_ERROR(CheckModelName(proto.model(), model));
   RequestErrors errors;
-  if (proto.prompt_case() == v1::CompleteRequest::PROMPT_NOT_SET) {
-    errors.Invalid("prompt", "is not set; must be text or tokens");
-  }
-  CheckTokenIds(proto.tokens().ids(), model, "tokens.ids", &errors);
-  if (proto.has_tokens() && proto.add_special_tokens()) {
-    errors.Invalid("add_special_tokens", "is for a prompt of text");
-  }
-  if (proto.has_tokens() && proto.parse_control_tokens()) {
-    errors.Invalid("parse_control_tokens", "is for a prompt of text");
-  }
-  CheckResponseFormat(proto.response_format(), "", Purpose::kGenerate, &errors);
-  CheckSampling(proto.sampling(), model, "sampling.", Purpose::kGenerate, &errors);
-  CheckLimits(proto.limits(), model, "limits.", &errors);
-  CheckOutputs(proto.outputs(), /*is_chat=*/false, "outputs.", Purpose::kGenerate, &errors);
-  CheckServing(proto.serving(), "serving.", &errors);
+  CheckCompletion(proto, model, /*prefix=*/"", &errors);
   RETURN_IF_ERROR(errors.ToStatus());
 
   GenerationRequest request;
@@ -393,9 +409,8 @@ absl::StatusOr<RenderedChat> RenderChat(const v1::RenderChatRequest& proto,
                                         const ServedModel& model,
                                         bool allow_request_chat_template) {
   const std::string prefix = "chat.";
-  Json kwargs;
-  RETURN_IF_ERROR(CheckChat(proto.chat(), model, Purpose::kRender, allow_request_chat_template,
-                            prefix, &kwargs));
+  ASSIGN_OR_RETURN(Json kwargs, CheckConversation(proto.chat(), model, Purpose::kRender,
+                                                  allow_request_chat_template, prefix));
   const bool add_generation_prompt =
       !proto.has_add_generation_prompt() || proto.add_generation_prompt();
   if (proto.add_generation_prompt() && proto.chat().continue_final_message()) {

@@ -11,6 +11,7 @@
 #include "latentd/v1/inference.pb.h"
 #include "scheduler/request.h"
 #include "server/answer.h"
+#include "server/request_checks.h"
 #include "server/served_model.h"
 #include "server/text/chat_template.h"
 
@@ -33,6 +34,14 @@ struct GenerationRequest {
 
 // NOT_FOUND unless `name` is empty or the model's.
 absl::Status CheckModelName(absl::string_view name, const ServedModel& model);
+
+// What can be told of a request's fields without its template and the tokenizer: all but `model`,
+// and whether a template of its own is allowed. Microseconds. `prefix` goes before every field's
+// name, such as "items[17].chat.".
+void CheckChat(const v1::ChatRequest& proto, const ServedModel& model, const std::string& prefix,
+               RequestErrors* errors);
+void CheckCompletion(const v1::CompleteRequest& proto, const ServedModel& model,
+                     const std::string& prefix, RequestErrors* errors);
 
 // INVALID_ARGUMENT, UNIMPLEMENTED, PERMISSION_DENIED as inference.proto says.
 absl::StatusOr<GenerationRequest> BuildChat(const v1::ChatRequest& proto, const ServedModel& model,

@@ -288,14 +288,8 @@ void CheckOutputs(const v1::Outputs& outputs, bool is_chat, const std::string& p
 
 void CheckServing(const v1::Serving& serving, const std::string& prefix, RequestErrors* errors) {
   const auto field = [&prefix](absl::string_view name) { return absl::StrCat(prefix, name); };
-  CheckBytes(serving.request_id(), 0, kMaxRequestIdBytes, field("request_id"), errors);
-  if (!std::all_of(serving.request_id().begin(), serving.request_id().end(),
-                   [](char c) { return absl::ascii_isprint(static_cast<unsigned char>(c)); })) {
-    errors->Invalid(field("request_id"), "must be printable ASCII");
-  }
-  if (serving.has_priority()) {
-    CheckRange(serving.priority(), {-kMaxPriority, kMaxPriority}, field("priority"), errors);
-  }
+  CheckRequestId(serving.request_id(), field("request_id"), errors);
+  if (serving.has_priority()) CheckPriority(serving.priority(), field("priority"), errors);
   CheckBytes(serving.cache_salt(), 0, kMaxCacheSaltBytes, field("cache_salt"), errors);
   if (serving.has_queue_timeout()) {
     const auto& timeout = serving.queue_timeout();
@@ -309,10 +303,28 @@ void CheckServing(const v1::Serving& serving, const std::string& prefix, Request
                                    " ns; must be a valid duration above 0"));
     }
   }
-  CheckCount(serving.metadata().size(), kMaxMetadata, field("metadata"), errors);
-  for (const auto& [key, value] : serving.metadata()) {
-    CheckBytes(key, 1, kMaxMetadataKeyBytes, field("metadata.key"), errors);
-    CheckBytes(value, 0, kMaxMetadataValueBytes, field("metadata.value"), errors);
+  CheckMetadata(serving.metadata(), field("metadata"), errors);
+}
+
+void CheckPriority(int32_t priority, const std::string& field, RequestErrors* errors) {
+  CheckRange(priority, {-kMaxPriority, kMaxPriority}, field, errors);
+}
+
+void CheckRequestId(const std::string& request_id, const std::string& field,
+                    RequestErrors* errors) {
+  CheckBytes(request_id, 0, kMaxRequestIdBytes, field, errors);
+  if (!std::all_of(request_id.begin(), request_id.end(),
+                   [](char c) { return absl::ascii_isprint(static_cast<unsigned char>(c)); })) {
+    errors->Invalid(field, "must be printable ASCII");
+  }
+}
+
+void CheckMetadata(const google::protobuf::Map<std::string, std::string>& metadata,
+                   const std::string& field, RequestErrors* errors) {
+  CheckCount(metadata.size(), kMaxMetadata, field, errors);
+  for (const auto& [key, value] : metadata) {
+    CheckBytes(key, 1, kMaxMetadataKeyBytes, absl::StrCat(field, ".key"), errors);
+    CheckBytes(value, 0, kMaxMetadataValueBytes, absl::StrCat(field, ".value"), errors);
   }
 }
 

@@ -1,6 +1,7 @@
 #ifndef LATENTD_SERVER_REQUEST_CHECKS_H_
 #define LATENTD_SERVER_REQUEST_CHECKS_H_
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -23,6 +24,8 @@ class RequestErrors {
   // OK; or INVALID_ARGUMENT with every violation; or, when all are in range, UNIMPLEMENTED with the
   // fields.
   absl::Status ToStatus() const;
+  const std::vector<FieldViolation>& invalid() const { return invalid_; }
+  const std::vector<FieldViolation>& unimplemented() const { return unimplemented_; }
 
  private:
   std::vector<FieldViolation> invalid_;
@@ -44,6 +47,13 @@ void CheckLimits(const v1::Limits& limits, const ServedModel& model, const std::
 void CheckOutputs(const v1::Outputs& outputs, bool is_chat, const std::string& prefix,
                   Purpose purpose, RequestErrors* errors);
 void CheckServing(const v1::Serving& serving, const std::string& prefix, RequestErrors* errors);
+
+// Ranges that other messages have too.
+void CheckPriority(int32_t priority, const std::string& field, RequestErrors* errors);
+// At most 128 bytes of printable ASCII.
+void CheckRequestId(const std::string& request_id, const std::string& field, RequestErrors* errors);
+void CheckMetadata(const google::protobuf::Map<std::string, std::string>& metadata,
+                   const std::string& field, RequestErrors* errors);
 
 // Every id in [0, vocab_size).
 void CheckTokenIds(const google::protobuf::RepeatedField<int32_t>& ids, const ServedModel& model,

@@ -23,7 +23,8 @@ constexpr size_t kMaxMessageBytes = 512;
 constexpr size_t kMaxMetadataValueBytes = 192;
 constexpr size_t kMaxFieldBytes = 96;
 constexpr size_t kMaxDescriptionBytes = 128;
-constexpr int kMaxViolations = 12;
+constexpr int kMaxViolations = 100;
+constexpr size_t kMaxViolationsBytes = 2800;  // of all of them
 
 // At most `max_bytes`, cut between two characters.
 std::string Cut(absl::string_view text, size_t max_bytes) {
@@ -71,10 +72,14 @@ absl::Status WithFieldViolations(absl::Status status,
                                  const std::vector<FieldViolation>& violations) {
   google::rpc::BadRequest bad_request;
   for (const FieldViolation& violation : violations) {
-    if (bad_request.field_violations_size() == kMaxViolations) break;
     auto* detail = bad_request.add_field_violations();
     detail->set_field(Cut(violation.field, kMaxFieldBytes));
     detail->set_description(Cut(violation.description, kMaxDescriptionBytes));
+    if (bad_request.field_violations_size() > kMaxViolations ||
+        bad_request.ByteSizeLong() > kMaxViolationsBytes) {
+      bad_request.mutable_field_violations()->RemoveLast();
+      break;
+    }
   }
   AddDetail(bad_request, &status);
   return status;

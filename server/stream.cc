@@ -7,6 +7,7 @@
 #include "engine/status.h"
 #include "grpcpp/server_context.h"
 #include "server/status.h"
+#include "server/wire.h"
 
 namespace latentd {
 namespace {
@@ -61,12 +62,6 @@ void FillFinish(const Answer& answer, Proto* proto) {
 }
 
 }  // namespace
-
-grpc::ByteBuffer Encode(const google::protobuf::MessageLite& message) {
-  grpc::Slice slice(message.ByteSizeLong());
-  message.SerializeWithCachedSizesToArray(const_cast<uint8_t*>(slice.begin()));
-  return grpc::ByteBuffer(&slice, 1);
-}
 
 // ---- GenerationCall ----------------------------------------------------------------------------
 

@@ -164,9 +164,6 @@ class UnaryCall final : public GenerationCall, public grpc::ServerUnaryReactor {
 extern template class UnaryCall<v1::ChatResponse>;
 extern template class UnaryCall<v1::CompleteResponse>;
 
-// The wire form of a message.
-grpc::ByteBuffer Encode(const google::protobuf::MessageLite& message);
-
 }  // namespace latentd
 
 #endif  // LATENTD_SERVER_STREAM_H_

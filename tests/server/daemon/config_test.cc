@@ -143,6 +143,8 @@ TEST(ConfigTest, KeysThatContradictEachOtherAreRefused) {
   EXPECT_THAT(error({{"max_step_tokens", "8"}}),
               AllOf(HasSubstr("max_step_tokens is 8"), HasSubstr("max_running is 256")));
   EXPECT_THAT(error({{"http_listen", "0.0.0.0:50051"}}), HasSubstr("must differ"));
+  EXPECT_THAT(error({{"batch_dir", "/data"}, {"max_message_bytes", "1MiB"}}),
+              HasSubstr("batch_max_item_bytes is 4MiB and max_message_bytes is 1MiB"));
   EXPECT_THAT(error({{"listen", ""}}), HasSubstr("listen is empty"));
   EXPECT_EQ(error({{"listen", "0.0.0.0:0"}, {"http_listen", "0.0.0.0:0"}}), "");
 }

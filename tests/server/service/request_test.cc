@@ -277,6 +277,29 @@ TEST(RequestTest, AllViolationsAreToldAtOnce) {
   EXPECT_EQ(error.violations.at("limits.max_tokens"), "is 0; must be at least 1");
 }
 
+TEST(RequestTest, TheChecksAloneSayTheSameUnderAPrefix) {
+  Chat chat = UserSays("Hello?");
+  chat.mutable_sampling()->set_top_p(0);
+  chat.mutable_outputs()->set_n(2);
+  chat.mutable_serving()->set_cache_salt(std::string(257, 'a'));
+  (*chat.mutable_template_kwargs()->mutable_fields())["tools"].set_bool_value(true);
+  RequestErrors errors;
+  CheckChat(chat, *DemoModel(), "items[3].chat.", &errors);
+  EXPECT_EQ(Fields(errors.ToStatus()),
+            "items[3].chat.sampling.top_p items[3].chat.serving.cache_salt "
+            "items[3].chat.template_kwargs.tools");
+  ASSERT_EQ(errors.unimplemented().size(), 1u);
+  EXPECT_EQ(errors.unimplemented()[0].field, "items[3].chat.outputs.n");
+
+  v1::CompleteRequest complete;
+  complete.mutable_tokens()->add_ids(4096);
+  complete.set_add_special_tokens(true);
+  RequestErrors others;
+  CheckCompletion(complete, *DemoModel(), "items[4].complete.", &others);
+  EXPECT_EQ(Fields(others.ToStatus()),
+            "items[4].complete.add_special_tokens items[4].complete.tokens.ids[0]");
+}
+
 TEST(RequestTest, FieldsOfLaterVersionsAreUnimplementedByName) {
   const std::vector<Case> cases = {
       {"tools", [](Chat* c) { c->add_tools()->set_name("f"); }},

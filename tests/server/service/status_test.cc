@@ -45,6 +45,15 @@ TEST(StatusTest, LongTextsAreCutBetweenCharacters) {
   EXPECT_THAT(status.error_message(), testing::EndsWith("€..."));
 }
 
+TEST(StatusTest, ManyShortViolationsAreTold) {
+  std::vector<FieldViolation> violations;
+  for (int i = 0; i < 1000; ++i)
+    violations.push_back({"items[" + std::to_string(i) + "]", "is bad"});
+  const grpc::Status status = ToGrpcStatus(MakeBadRequest(violations));
+  EXPECT_EQ(Explain(status).violations.size(), 100u);
+  EXPECT_LT(status.error_message().size() * 3 + status.error_details().size() * 4 / 3, 8000u);
+}
+
 TEST(StatusTest, AForeignStatusWithoutDetailsHasAReason) {
   EXPECT_EQ(ErrorReason(absl::OkStatus()), "");
   EXPECT_EQ(ErrorReason(FromGrpcStatus(grpc::Status(grpc::StatusCode::INTERNAL, "x"))), "INTERNAL");
