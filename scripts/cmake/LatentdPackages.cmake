@@ -13,6 +13,7 @@ find_package(Protobuf REQUIRED)
 find_package(OpenSSL REQUIRED COMPONENTS Crypto)  # SHA-256 of the prefix cache
 find_package(gRPC CONFIG REQUIRED)
 find_package(yaml-cpp REQUIRED)
+find_package(SQLite3 3.35 REQUIRED)  # RETURNING
 find_package(CLI11 REQUIRED)
 if(LATENTD_TESTS)
   find_package(GTest REQUIRED)

@@ -39,7 +39,7 @@ struct PendingItem {
   int64_t index = 0;
   std::string custom_id;
   std::string request;   // as NewItem
-  int32_t attempts = 0;  // begun so often, the running one not counted
+  int32_t attempts = 0;  // begun so often, not counting what was returned
   uint64_t seed = 0;     // given to it when it was first begun; 0: never begun
 };
 
@@ -86,9 +86,9 @@ struct StoreStats {
 // stable storage, and must not block. The methods that return a status wait for that. Reads have
 // connections of their own and see what is committed. Any thread may call anything.
 //
-// After a failed commit (a full disk, a failed fsync) nothing more is written: what waits and all
-// that is asked for later fails with UNAVAILABLE, reason STORE_FAILED. Reads go on. A new process
-// finds the state of the last commit.
+// After a failed write (a full disk, a failed fsync) nothing more is written: what waits and all
+// that is asked for later fails with UNAVAILABLE, reason STORE_FAILED. Reads go on, and see the
+// last commit. A new process finds that too, or, in whole, the transaction that failed.
 class BatchStore {
  public:
   struct Options {
@@ -111,6 +111,9 @@ class BatchStore {
 
   // ---- uploads ----
 
+  // An upload is a row of its own from the start, and its owner's quota counts it (UsageOf). What
+  // is refused by an upload's state is FAILED_PRECONDITION.
+
   // How far an upload of this owner's key has come, or the job that it became.
   struct Upload {
     JobRecord record;    // state VALIDATING until it is committed
@@ -118,19 +121,30 @@ class BatchStore {
     std::string sha256;  // the chain over them, as CreateJobRequest.Commit says
     bool is_new = false;
   };
-  // Goes on with the upload of this key, or begins one. ALREADY_EXISTS when its spec is another.
+  // Goes on with the upload of this key, or begins one. ALREADY_EXISTS when its spec is another, or
+  // RetryJob made it.
   absl::StatusOr<Upload> OpenUpload(std::string_view owner, std::string_view request_id,
                                     const v1::JobSpec& spec);
+  // NOT_FOUND, reason UPLOAD_NOT_FOUND.
   absl::StatusOr<Upload> GetUpload(std::string_view owner, std::string_view request_id) const;
   // Stores items [first, first + size) of an upload. FAILED_PRECONDITION when `first` is not how
-  // many are stored: another call uploads too.
+  // many are stored: another call uploads too. What waits is held in memory: a caller has no more
+  // on the way than a few, and begins the next when `done` comes.
   void AppendItems(JobId job, int64_t first, std::vector<NewItem> items, Done done);
   // The chain value of the first `count` stored items.
   absl::StatusOr<std::string> ChainOf(JobId job, int64_t count) const;
+  // Items whose custom_id an earlier one of the upload has, in order; at most `limit`.
+  struct Duplicate {
+    int64_t index = 0;
+    int64_t first_index = 0;  // the earliest with that custom_id
+    std::string custom_id;
+  };
+  absl::StatusOr<std::vector<Duplicate>> FindDuplicates(JobId job, int limit) const;
   // Makes it a job, QUEUED. INVALID_ARGUMENT, a violation each, when custom_ids are not unique
-  // (`items[7].custom_id`; at most `max_violations`), or the count is another.
+  // (`items[7].custom_id`; at most `max_violations`), or the count is another (then the upload is
+  // as before). The job, when it was committed already.
   absl::StatusOr<JobRecord> CommitUpload(JobId job, int64_t item_count, int max_violations);
-  // Forgets an upload that was not committed. No-op for others.
+  // Forgets an upload that was not committed: its key is free again. No-op for others.
   absl::Status AbandonUpload(JobId job);
 
   // ---- jobs ----
@@ -143,7 +157,7 @@ class BatchStore {
   // QUEUED to CANCELLING, in the order of their commits.
   absl::StatusOr<std::vector<JobRecord>> ActiveJobs() const;
   absl::StatusOr<StoreStats> Stats() const;
-  // Jobs and items of an owner that have not ended.
+  // Jobs and items of an owner that have not ended; uploads too.
   struct Usage {
     int64_t jobs = 0;
     int64_t items = 0;
@@ -152,18 +166,21 @@ class BatchStore {
 
   // Ends the running of a job's items: QUEUED or IN_PROGRESS becomes FINALIZING (for CANCELLED:
   // CANCELLING), with this end state and reason. The job as it is now; no-op when that has happened
-  // already.
+  // already. REQUIRES: end_state FAILED, EXPIRED or CANCELLED.
   absl::StatusOr<JobRecord> EndJob(JobId job, v1::JobState end_state, std::string_view reason);
   // Gives up to `limit` items without a result the result that fits the job's end state (CANCELLED
   // or EXPIRED). True when none are left: then the job is in its end state. REQUIRES: FINALIZING or
   // CANCELLING, and nothing of it runs.
   absl::StatusOr<bool> FinalizeSome(JobId job, int64_t limit);
   absl::Status DeleteJob(JobId job, std::string_view etag);  // as BatchService.DeleteJob
-  // A new job of what has no success in an ended one. As CommitUpload; ALREADY_EXISTS when the key
-  // is that of another job.
+  // A new job of what has no success in an ended one; the job that there is, when it was made
+  // already. FAILED_PRECONDITION when the old one has not ended or all of it has a success;
+  // ALREADY_EXISTS when the key is that of another job.
   absl::StatusOr<Upload> RetryJob(JobId job, std::string_view owner, std::string_view request_id);
   // Deletes ended jobs after their purge_time, and uploads that nothing was added to since
-  // `uploads_before`; some at a time. How many are gone.
+  // `uploads_before`. How many are gone. Their rows, and those of jobs that other calls removed,
+  // are deleted in small transactions, a bounded number each time: it is to be called every minute
+  // or so. The files do not shrink; their space is used again.
   absl::StatusOr<int64_t> Purge(absl::Time uploads_before);
 
   // ---- items ----
@@ -172,14 +189,18 @@ class BatchStore {
   // `max_bytes` of requests, but at least one if there is one.
   absl::StatusOr<std::vector<PendingItem>> ReadPending(JobId job, int64_t first_index, int limit,
                                                        int64_t max_bytes) const;
+  // The three below pass over what is of a job that is gone. INVALID_ARGUMENT, and nothing of that
+  // call is done, when the job never had such an item.
+
   // Before the items run: then a crash counts as an attempt of theirs. A QUEUED job is IN_PROGRESS
-  // with it.
+  // with it. Of an item with a result, a start changes nothing.
   void StartItems(std::vector<ItemStart> starts, Done done);
   // Takes a start back that was nobody's fault (drain, recovery of the group); `attempts` is as
   // before it.
   void ReturnItems(std::vector<ItemStart> starts, Done done);
   // Ends items. A second end of an item changes nothing. The job that has none left without a
-  // result goes to FINALIZING, to end COMPLETED.
+  // result goes to FINALIZING, to end COMPLETED. Ends come late, too: while the job is FINALIZING
+  // or CANCELLING they count as before.
   void EndItems(std::vector<ItemEnd> ends, Done done);
 
   // Results in the order of their commits after `after` (0: from the start); a result's place in
