@@ -18,12 +18,12 @@ BlockPool::BlockPool(int32_t num_blocks, int32_t block_size)
   cache_.reserve(num_blocks);
 }
 
-std::optional<BlockId> BlockPool::Allocate() {
+std::optional<BlockId> BlockPool::Allocate(bool background) {
   if (num_free_ == 0) return std::nullopt;
   const BlockId block = blocks_[ends_].next_free;
   Unlink(block);
   Forget(block);
-  blocks_[block].num_references = 1;
+  Count(&blocks_[block], 1, background);
   return block;
 }
 
@@ -33,10 +33,20 @@ std::optional<BlockPool::CachedBlock> BlockPool::Find(const BlockContent& conten
   return CachedBlock{it->second, blocks_[it->second].content};
 }
 
-void BlockPool::Acquire(BlockId block) {
+void BlockPool::Acquire(BlockId block, bool background) {
   LATENTD_CHECK(blocks_[block].content != kNoContent);
   if (blocks_[block].num_references == 0) Unlink(block);
-  ++blocks_[block].num_references;
+  Count(&blocks_[block], 1, background);
+}
+
+void BlockPool::Count(Block* block, int32_t num_references, bool background) {
+  const auto is_background = [block] {
+    return block->num_references > 0 && block->num_references == block->num_background_references;
+  };
+  num_background_ -= is_background();
+  block->num_references += num_references;
+  if (background) block->num_background_references += num_references;
+  num_background_ += is_background();
 }
 
 ContentId BlockPool::Cache(BlockId id, const BlockContent& content) {
@@ -61,11 +71,12 @@ ContentId BlockPool::Cache(BlockId id, const BlockContent& content) {
   return block.content;
 }
 
-void BlockPool::Release(absl::Span<const BlockId> blocks) {
+void BlockPool::Release(absl::Span<const BlockId> blocks, bool background) {
   for (auto it = blocks.rbegin(); it != blocks.rend(); ++it) {
     Block& block = blocks_[*it];
     LATENTD_CHECK(block.num_references > 0);
-    if (--block.num_references > 0) continue;
+    Count(&block, -1, background);
+    if (block.num_references > 0) continue;
     LinkBefore(block.content == kNoContent ? blocks_[ends_].next_free : ends_, *it);
   }
 }
@@ -118,9 +129,13 @@ void BlockPool::CheckInvariants() const {
   }
   LATENTD_CHECK(num_listed == num_free_);
   size_t num_cached = 0;
+  int32_t num_background = 0;
   for (BlockId id = 0; id < num_blocks(); ++id) {
     const Block& block = blocks_[id];
-    LATENTD_CHECK(block.num_references >= 0);
+    LATENTD_CHECK(0 <= block.num_background_references);
+    LATENTD_CHECK(block.num_background_references <= block.num_references);
+    num_background +=
+        block.num_references > 0 && block.num_references == block.num_background_references;
     LATENTD_CHECK(is_free[id] == (block.num_references == 0));
     if (block.content == kNoContent) continue;
     ++num_cached;
@@ -128,27 +143,31 @@ void BlockPool::CheckInvariants() const {
     LATENTD_CHECK(it != cache_.end() && it->second == id);
   }
   LATENTD_CHECK(num_cached == cache_.size());
+  LATENTD_CHECK(num_background == num_background_);
 }
 
 BlockTable::BlockTable(BlockTable&& other) noexcept
-    : pool_(std::exchange(other.pool_, nullptr)), blocks_(std::exchange(other.blocks_, {})) {}
+    : background_(other.background_),
+      pool_(std::exchange(other.pool_, nullptr)),
+      blocks_(std::exchange(other.blocks_, {})) {}
 
 BlockTable& BlockTable::operator=(BlockTable&& other) noexcept {
   if (this == &other) return *this;
   Clear();
+  background_ = other.background_;
   pool_ = std::exchange(other.pool_, nullptr);
   blocks_ = std::exchange(other.blocks_, {});
   return *this;
 }
 
 void BlockTable::AppendCached(BlockPool* pool, BlockId block) {
-  pool->Acquire(block);
+  pool->Acquire(block, background_);
   Append(pool, block);
 }
 
 void BlockTable::AppendNew(BlockPool* pool, int32_t count) {
   for (int32_t i = 0; i < count; ++i) {
-    const std::optional<BlockId> block = pool->Allocate();
+    const std::optional<BlockId> block = pool->Allocate(background_);
     LATENTD_CHECK(block.has_value());
     Append(pool, *block);
   }
@@ -161,7 +180,7 @@ void BlockTable::Append(BlockPool* pool, BlockId block) {
 }
 
 void BlockTable::Clear() {
-  if (pool_ != nullptr) pool_->Release(blocks_);
+  if (pool_ != nullptr) pool_->Release(blocks_, background_);
   blocks_.clear();
 }
 

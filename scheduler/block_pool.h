@@ -31,6 +31,9 @@ struct BlockContent {
 // The books of one rank's KV cache: who uses which block, and what the blocks hold. It keeps ids,
 // never device memory. Not thread-safe.
 //
+// A reference is of the background or not: what background sequences alone refer to can be had for
+// the others, by preempting them.
+//
 // Invariants:
 // (1) A block is free, or its reference count is the number of tables that list it.
 // (2) Only full, computed blocks are cached. A cached block may be free: it keeps its contents
@@ -52,13 +55,13 @@ class BlockPool {
 
   // Takes a free block with one reference, forgetting what it cached. Returns nullopt if none is
   // free.
-  std::optional<BlockId> Allocate();
+  std::optional<BlockId> Allocate(bool background = false);
 
   // Returns the cached block that holds `content`, or nullopt. Adds no reference.
   std::optional<CachedBlock> Find(const BlockContent& content) const;
 
   // Adds a reference to a cached block, which may be free until now.
-  void Acquire(BlockId block);
+  void Acquire(BlockId block, bool background = false);
 
   // Caches a full, computed block for later Find()s and returns the content's id. Where the content
   // is cached already the first copy stays; of two contents with one hash, the later one does.
@@ -66,15 +69,20 @@ class BlockPool {
   ContentId Cache(BlockId block, const BlockContent& content);
 
   // Drops one reference to each block, the last block first, so that a prefix outlives its tail.
-  // REQUIRES: the caller holds a reference to each block.
-  void Release(absl::Span<const BlockId> blocks);
+  // REQUIRES: the caller holds a reference to each block, all of them of the background or none.
+  void Release(absl::Span<const BlockId> blocks, bool background = false);
 
   // Forgets all that is cached. The references stay.
   void DropCache();
 
   int32_t num_blocks() const { return static_cast<int32_t>(blocks_.size()) - 1; }
   int32_t num_free() const { return num_free_; }
+  // With references, all of them of the background.
+  int32_t num_background() const { return num_background_; }
   int32_t num_references(BlockId block) const { return blocks_[block].num_references; }
+  int32_t num_background_references(BlockId block) const {
+    return blocks_[block].num_background_references;
+  }
 
   // Aborts unless the invariants hold that the pool can see. O(num_blocks); for tests.
   void CheckInvariants() const;
@@ -82,6 +90,7 @@ class BlockPool {
  private:
   struct Block {
     int32_t num_references = 0;
+    int32_t num_background_references = 0;  // of those
     // Neighbours in the list of free blocks, while free.
     BlockId previous_free = 0;
     BlockId next_free = 0;
@@ -92,6 +101,8 @@ class BlockPool {
     std::string salt;
   };
 
+  // Adds to a block's references, or takes from them.
+  void Count(Block* block, int32_t num_references, bool background);
   bool Holds(BlockId block, const BlockContent& content) const;
   void Forget(BlockId block);
   void Unlink(BlockId block);
@@ -103,6 +114,7 @@ class BlockPool {
   std::vector<TokenId> tokens_;  // [num_blocks, block_size]
   BlockId ends_;                 // its next_free is allocated first, its previous_free last
   int32_t num_free_ = 0;
+  int32_t num_background_ = 0;
   ContentId last_content_ = kNoContent;
   absl::flat_hash_map<BlockHash, BlockId> cache_;
 };
@@ -113,7 +125,7 @@ class BlockPool {
 // Append-only until Clear(). The pool must outlive it.
 class BlockTable {
  public:
-  BlockTable() = default;
+  explicit BlockTable(bool background = false) : background_(background) {}
   ~BlockTable() { Clear(); }
 
   BlockTable(BlockTable&& other) noexcept;
@@ -137,6 +149,7 @@ class BlockTable {
  private:
   void Append(BlockPool* pool, BlockId block);
 
+  bool background_;  // its references are
   BlockPool* pool_ = nullptr;
   std::vector<BlockId> blocks_;
 };

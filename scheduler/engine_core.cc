@@ -1,6 +1,7 @@
 #include "scheduler/engine_core.h"
 
 #include <algorithm>
+#include <array>
 #include <string>
 #include <thread>
 #include <utility>
@@ -57,13 +58,14 @@ class EngineCore::Impl {
       if (absl::Now() < refuse_until_) return refusal_;
       refusal_ = absl::OkStatus();
     }
-    const int32_t num_waiting = num_not_started_ + num_submitted_;
+    const bool background = request.background;
+    const int32_t num_waiting = num_not_started_[background] + num_submitted_[background];
     if (num_waiting >= max_waiting_) {
       return absl::ResourceExhaustedError(
           absl::StrCat(num_waiting, " requests are waiting; max_waiting is ", max_waiting_));
     }
     inbox_.emplace_back(std::move(request));
-    ++num_submitted_;
+    ++num_submitted_[background];
     return absl::OkStatus();
   }
 
@@ -75,7 +77,8 @@ class EngineCore::Impl {
   CoreStats stats() const ABSL_LOCKS_EXCLUDED(mutex_) {
     absl::MutexLock lock(&mutex_);
     CoreStats stats = stats_;
-    stats.num_waiting += num_submitted_;
+    stats.num_waiting += num_submitted_[false];
+    stats.num_background_waiting += num_submitted_[true];
     if (!stats.ready) stats.not_ready += absl::Now() - not_ready_since_;
     return stats;
   }
@@ -123,7 +126,9 @@ class EngineCore::Impl {
   }
 
   std::vector<Message> EmptyInbox() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-    num_not_started_ += std::exchange(num_submitted_, 0);
+    for (const bool background : {false, true}) {
+      num_not_started_[background] += std::exchange(num_submitted_[background], 0);
+    }
     return std::exchange(inbox_, {});
   }
 
@@ -234,6 +239,7 @@ class EngineCore::Impl {
       callbacks_.on_step(
           {.num_sequences = static_cast<int32_t>(plan.sequences.size()),
            .num_tokens = static_cast<int32_t>(plan.tokens.size()),
+           .num_background_tokens = scheduler_.num_background_tokens(),
            .num_sampled = result.ok() ? static_cast<int32_t>(result->sampled.size()) : 0,
            .schedule = scheduled - start,
            .execute = executed - scheduled,
@@ -280,9 +286,13 @@ class EngineCore::Impl {
   }
 
   void Publish() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-    num_not_started_ = scheduler_.num_not_started();
-    stats_.num_waiting = scheduler_.num_waiting();
-    stats_.num_running = scheduler_.num_running();
+    for (const bool background : {false, true}) {
+      num_not_started_[background] = scheduler_.num_not_started(background);
+    }
+    stats_.num_background_waiting = scheduler_.num_background_waiting();
+    stats_.num_background_running = scheduler_.num_background_running();
+    stats_.num_waiting = scheduler_.num_waiting() - stats_.num_background_waiting;
+    stats_.num_running = scheduler_.num_running() - stats_.num_background_running;
     stats_.num_blocks = scheduler_.num_blocks();
     stats_.num_free_blocks = scheduler_.num_free_blocks();
     stats_.num_preemptions = scheduler_.num_preemptions();
@@ -318,8 +328,9 @@ class EngineCore::Impl {
   mutable absl::Mutex mutex_;
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
   std::vector<Message> inbox_ ABSL_GUARDED_BY(mutex_);
-  int32_t num_submitted_ ABSL_GUARDED_BY(mutex_) = 0;    // requests in the inbox
-  int32_t num_not_started_ ABSL_GUARDED_BY(mutex_) = 0;  // of the scheduler, when it was last seen
+  // [background]: requests in the inbox; and of the scheduler, when it was last seen.
+  std::array<int32_t, 2> num_submitted_ ABSL_GUARDED_BY(mutex_) = {};
+  std::array<int32_t, 2> num_not_started_ ABSL_GUARDED_BY(mutex_) = {};
   absl::Time refuse_until_ ABSL_GUARDED_BY(mutex_) = absl::InfinitePast();
   absl::Status refusal_ ABSL_GUARDED_BY(mutex_);  // not OK: refuse until refuse_until_
   absl::Time not_ready_since_ ABSL_GUARDED_BY(mutex_) = absl::InfinitePast();

@@ -18,7 +18,8 @@ namespace latentd {
 // What the core did in one step; for metrics.
 struct StepReport {
   int32_t num_sequences = 0;
-  int32_t num_tokens = 0;  // computed
+  int32_t num_tokens = 0;             // computed
+  int32_t num_background_tokens = 0;  // of those, of background requests
   int32_t num_sampled = 0;
   absl::Duration schedule, execute, update;
   std::optional<DeviceTimes> device = std::nullopt;  // as the engine told
@@ -28,8 +29,11 @@ struct StepReport {
 
 // A picture of the core at one moment.
 struct CoreStats {
+  // Background requests are counted apart.
   int32_t num_waiting = 0;
   int32_t num_running = 0;
+  int32_t num_background_waiting = 0;
+  int32_t num_background_running = 0;
   int32_t num_blocks = 0;       // all dp_ranks
   int32_t num_free_blocks = 0;  // cached but unused blocks are free
   int64_t num_steps = 0;
@@ -78,7 +82,7 @@ class EngineCore {
              absl::Duration recovery_timeout = absl::Minutes(5));
   ~EngineCore();  // Stop()
 
-  // Hands a request over. RESOURCE_EXHAUSTED when max_waiting requests wait already,
+  // Hands a request over. RESOURCE_EXHAUSTED when max_waiting requests of its class wait already,
   // INVALID_ARGUMENT when it could never fit, UNAVAILABLE after Stop() and as said above. After OK
   // its events follow, ending with a finish, kFailed, or nothing more after Cancel().
   // REQUIRES: no other request has or had this id.

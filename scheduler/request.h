@@ -18,6 +18,7 @@ struct Request {
   int32_t min_new_tokens = 0;           // before that many, no stop token is drawn
   std::vector<TokenId> stop_token_ids;  // the end tokens too, unless the client ignores them
   int32_t priority = 0;                 // higher first
+  bool background = false;              // runs on what all others leave
   std::string cache_salt;               // prefixes are shared only under the same salt
   SamplingParams sampling;
 };
@@ -40,6 +41,7 @@ struct SequenceEvent {
   TokenId token = 0;                          // kToken
   FinishReason finish = FinishReason::kNone;  // kToken: not kNone with the last one
   absl::Status error = absl::OkStatus();      // kFailed, the last event
+  bool suspect = false;  // kFailed: a step with it in its plan failed, so it may be the cause
 };
 
 }  // namespace latentd

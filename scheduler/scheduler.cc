@@ -2,17 +2,13 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 
-#include "absl/container/inlined_vector.h"
 #include "absl/strings/str_cat.h"
 #include "engine/status.h"
 
 namespace latentd {
 namespace {
-
-// Ranks whose room is within so small a part of the most room are as good: there a sequence's
-// cached prefix, and the step's even load, count for more.
-constexpr int32_t kRoomShare = 8;
 
 absl::Status CheckTokens(const std::vector<TokenId>& tokens, absl::string_view field,
                          int32_t vocab_size) {
@@ -33,15 +29,13 @@ FinishReason FinishWith(const Sequence& sequence, TokenId token) {
   return FinishReason::kNone;
 }
 
-SequenceEvent FailedEvent(RequestId id, const absl::Status& error) {
+// `suspect`: a step failed with it in its plan.
+SequenceEvent FailedEvent(RequestId id, const absl::Status& error, bool suspect) {
   return {.id = id,
           .kind = SequenceEvent::Kind::kFailed,
           .finish = FinishReason::kError,
-          .error = error};
-}
-
-SequenceEvent StartedEvent(RequestId id, int32_t cached_tokens) {
-  return {.id = id, .kind = SequenceEvent::Kind::kStarted, .cached_tokens = cached_tokens};
+          .error = error,
+          .suspect = suspect};
 }
 
 SequenceEvent TokenEvent(RequestId id, TokenId token, FinishReason finish) {
@@ -93,9 +87,10 @@ Scheduler::Scheduler(const SchedulerConfig& config, const EngineInfo& engine, Bl
 
 absl::Status Scheduler::Add(Request request) {
   RETURN_IF_ERROR(CheckRequest(request, engine_, options_.block_size));
-  if (num_not_started_ >= config_.max_waiting) {
+  int32_t& num_not_started = num_not_started_[request.background];
+  if (num_not_started >= config_.max_waiting) {
     return absl::ResourceExhaustedError(absl::StrCat(
-        num_not_started_, " requests are waiting; max_waiting is ", config_.max_waiting));
+        num_not_started, " requests are waiting; max_waiting is ", config_.max_waiting));
   }
   std::unique_ptr<Sequence>& slot = sequences_[request.id];
   if (slot != nullptr) {
@@ -104,7 +99,8 @@ absl::Status Scheduler::Add(Request request) {
   slot = std::make_unique<Sequence>(std::move(request), next_arrival_++, options_.block_size,
                                     options_.hash);
   waiting_.emplace(KeyOf(*slot), slot.get());
-  ++num_not_started_;
+  ++num_not_started;
+  num_background_ += slot->background();
   return absl::OkStatus();
 }
 
@@ -117,180 +113,6 @@ void Scheduler::Cancel(RequestId id) {
   } else {
     Forget({&sequence, 1});
   }
-}
-
-StepPlan Scheduler::Schedule() {
-  LATENTD_CHECK(!in_step_);
-  started_.clear();
-  for (Rank& rank : ranks_) {
-    rank.budget = max_step_tokens_;
-    rank.preempted = false;
-  }
-  ContinueRunning();
-  AdmitWaiting();
-  return MakePlan();
-}
-
-void Scheduler::ContinueRunning() {
-  const std::vector<Sequence*> oldest_first = running_;
-  for (Sequence* sequence : oldest_first) {
-    if (!sequence->running) continue;  // preempted by an older one
-    const int32_t budget = ranks_[sequence->dp_rank()].budget;
-    if (budget == 0) continue;
-    const int32_t num_computed = sequence->num_computed_tokens();
-    const int32_t num_tokens = std::min(sequence->num_tokens() - num_computed, budget);
-    if (MakeRoom(sequence, num_computed + num_tokens)) AddShare(sequence, num_tokens);
-  }
-}
-
-bool Scheduler::MakeRoom(Sequence* sequence, int32_t num_tokens) {
-  const BlockPool& pool = ranks_[sequence->dp_rank()].pool;
-  const int32_t num_blocks = sequence->BlocksFor(num_tokens);
-  while (pool.num_free() < num_blocks) {
-    Sequence* victim = FindVictim(sequence->dp_rank());
-    Preempt(victim);
-    if (victim == sequence) return false;
-  }
-  return true;
-}
-
-Sequence* Scheduler::FindVictim(int32_t dp_rank) const {
-  Sequence* victim = nullptr;
-  for (Sequence* sequence : running_) {
-    if (sequence->dp_rank() != dp_rank) continue;
-    if (victim == nullptr || sequence->priority() <= victim->priority()) victim = sequence;
-  }
-  return victim;
-}
-
-void Scheduler::Preempt(Sequence* sequence) {
-  Rank& rank = ranks_[sequence->dp_rank()];
-  rank.preempted = true;
-  // It may have its share of this step already: an older one of lower priority.
-  const auto share = std::find_if(shares_.begin(), shares_.end(), [sequence](const Share& share) {
-    return share.sequence == sequence;
-  });
-  if (share != shares_.end()) {
-    rank.budget += share->num_tokens;
-    shares_.erase(share);
-  }
-  ++num_preemptions_;
-  Suspend(sequence);
-  std::erase(running_, sequence);
-}
-
-void Scheduler::AdmitWaiting() {
-  while (!waiting_.empty()) {
-    Sequence* sequence = waiting_.begin()->second;
-    const int32_t rank = ChooseRank(sequence);
-    if (rank < 0) return;
-    waiting_.erase(waiting_.begin());
-    Run(sequence, rank);
-    AddShare(sequence, std::min(sequence->num_tokens() - sequence->num_computed_tokens(),
-                                ranks_[rank].budget));
-  }
-}
-
-int32_t Scheduler::ChooseRank(Sequence* sequence) const {
-  struct Choice {
-    int32_t rank;
-    int32_t room;  // blocks left behind it; a cached block counts as room
-    int64_t work;  // tokens that the rank has to compute with it
-  };
-  absl::InlinedVector<Choice, 32> choices;
-  int32_t most_room = 0;
-  const int32_t num_blocks = sequence->BlocksFor(sequence->num_tokens());
-  for (int32_t i = 0; i < static_cast<int32_t>(ranks_.size()); ++i) {
-    const Rank& rank = ranks_[i];
-    // With budget left, every running sequence of the rank has its blocks for all the tokens it
-    // has: what is free now is spoken for by nobody. After a preemption, whom to admit? The
-    // preempted would come right back, or younger ones would take their place.
-    if (rank.budget == 0 || rank.preempted || rank.num_running >= max_running_) continue;
-    const Sequence::PrefixHit hit = sequence->FindPrefix(rank.pool);
-    const int32_t num_free = rank.pool.num_free();
-    const int32_t num_to_compute = num_blocks - hit.num_blocks;
-    if (num_to_compute + hit.num_free_blocks > num_free) continue;
-    const int32_t room = num_free - num_to_compute;
-    const int64_t num_cached = int64_t{hit.num_blocks} * options_.block_size;
-    const int64_t work = max_step_tokens_ - rank.budget + sequence->num_tokens() - num_cached;
-    choices.push_back({.rank = i, .room = room, .work = work});
-    most_room = std::max(most_room, room);
-  }
-  const Choice* best = nullptr;
-  for (const Choice& choice : choices) {
-    if (choice.room < most_room - most_room / kRoomShare) continue;
-    if (best == nullptr || choice.work < best->work ||
-        (choice.work == best->work && choice.room > best->room)) {
-      best = &choice;
-    }
-  }
-  return best == nullptr ? -1 : best->rank;
-}
-
-void Scheduler::Run(Sequence* sequence, int32_t rank) {
-  sequence->TakePrefix(&ranks_[rank].pool, rank);
-  sequence->running = true;
-  ++ranks_[rank].num_running;
-  running_.insert(std::upper_bound(running_.begin(), running_.end(), sequence,
-                                   [](const Sequence* a, const Sequence* b) {
-                                     return a->arrival() < b->arrival();
-                                   }),
-                  sequence);
-  if (sequence->started) return;
-  sequence->started = true;
-  --num_not_started_;
-  prompt_tokens_ += sequence->num_prompt_tokens();
-  cached_tokens_ += sequence->num_computed_tokens();
-  started_.push_back(StartedEvent(sequence->id(), sequence->num_computed_tokens()));
-}
-
-void Scheduler::AddShare(Sequence* sequence, int32_t num_tokens) {
-  Rank& rank = ranks_[sequence->dp_rank()];
-  sequence->Reserve(&rank.pool, sequence->num_computed_tokens() + num_tokens);
-  shares_.push_back({sequence, num_tokens});
-  rank.budget -= num_tokens;
-}
-
-StepPlan Scheduler::MakePlan() {
-  StepPlan plan;
-  if (shares_.empty()) return plan;
-  in_step_ = true;
-  plan.step = next_step_++;
-  size_t num_tokens = 0;
-  size_t num_blocks = 0;
-  for (const Share& share : shares_) {
-    num_tokens += share.num_tokens;
-    num_blocks += share.sequence->table().size();
-  }
-  plan.sequences.reserve(shares_.size());
-  plan.tokens.reserve(num_tokens);
-  plan.blocks.reserve(num_blocks);
-  for (const auto& [sequence, num_tokens] : shares_) {
-    sequence->scheduled = true;
-    const Request& request = sequence->request();
-    const int32_t num_computed = sequence->num_computed_tokens();
-    const bool sample = num_computed + num_tokens == sequence->num_tokens();
-    const bool suppress = sample && sequence->num_new_tokens() < request.min_new_tokens;
-    plan.sequences.push_back({
-        .id = sequence->id(),
-        .dp_rank = sequence->dp_rank(),
-        .num_computed_tokens = num_computed,
-        .num_tokens = num_tokens,
-        .num_blocks = sequence->table().size(),
-        .num_suppressed = suppress ? static_cast<int32_t>(request.stop_token_ids.size()) : 0,
-        .sample = sample,
-        .sampling = request.sampling,
-    });
-    const absl::Span<const TokenId> tokens = sequence->tokens().subspan(num_computed, num_tokens);
-    const absl::Span<const BlockId> blocks = sequence->table().blocks();
-    plan.tokens.insert(plan.tokens.end(), tokens.begin(), tokens.end());
-    plan.blocks.insert(plan.blocks.end(), blocks.begin(), blocks.end());
-    if (suppress) {
-      plan.suppressed.insert(plan.suppressed.end(), request.stop_token_ids.begin(),
-                             request.stop_token_ids.end());
-    }
-  }
-  return plan;
 }
 
 absl::Status Scheduler::CheckResult(const StepPlan& plan, const StepResult& result) const {
@@ -353,7 +175,8 @@ std::vector<SequenceEvent> Scheduler::Restart(const StepPlan& plan, const absl::
           sequence->id(),
           absl::UnavailableError(absl::StrCat(
               "the engine lost ", sequence->num_lost, " steps of this request; max_recoveries is ",
-              config_.max_recoveries, "; the last one: ", error.message()))));
+              config_.max_recoveries, "; the last one: ", error.message())),
+          /*suspect=*/true));
       ended.push_back(sequence);
     }
   }
@@ -370,7 +193,9 @@ std::vector<SequenceEvent> Scheduler::Abort(const StepPlan& plan, const absl::St
   std::vector<Sequence*> ended;
   for (const Share& share : shares_) {
     share.sequence->scheduled = false;
-    if (!share.sequence->cancelled) events.push_back(FailedEvent(share.sequence->id(), error));
+    if (!share.sequence->cancelled) {
+      events.push_back(FailedEvent(share.sequence->id(), error, /*suspect=*/true));
+    }
     ended.push_back(share.sequence);
   }
   EndStep();
@@ -384,7 +209,9 @@ std::vector<SequenceEvent> Scheduler::FailAll(const absl::Status& error) {
   std::vector<Sequence*> all = running_;
   for (const auto& [key, sequence] : waiting_) all.push_back(sequence);
   std::vector<SequenceEvent> events;
-  for (const Sequence* sequence : all) events.push_back(FailedEvent(sequence->id(), error));
+  for (const Sequence* sequence : all) {
+    events.push_back(FailedEvent(sequence->id(), error, /*suspect=*/false));
+  }
   Forget(all);
   return events;
 }
@@ -393,6 +220,7 @@ void Scheduler::Suspend(Sequence* sequence) {
   sequence->Restart();
   sequence->running = false;
   --ranks_[sequence->dp_rank()].num_running;
+  ranks_[sequence->dp_rank()].num_background -= sequence->background();
   waiting_.emplace(KeyOf(*sequence), sequence);
 }
 
@@ -407,10 +235,12 @@ void Scheduler::Forget(absl::Span<Sequence* const> sequences) {
   for (Sequence* sequence : sequences) {
     if (sequence->running) {
       --ranks_[sequence->dp_rank()].num_running;
+      ranks_[sequence->dp_rank()].num_background -= sequence->background();
     } else {
       waiting_.erase(KeyOf(*sequence));
     }
-    if (!sequence->started) --num_not_started_;
+    if (!sequence->started) --num_not_started_[sequence->background()];
+    num_background_ -= sequence->background();
     sequence->running = false;
   }
   std::erase_if(running_, [](const Sequence* sequence) { return !sequence->running; });
@@ -423,11 +253,21 @@ void Scheduler::EndStep() {
 }
 
 Scheduler::WaitingKey Scheduler::KeyOf(const Sequence& sequence) {
-  return {-static_cast<int64_t>(sequence.priority()), sequence.arrival()};
+  return {sequence.background(), -static_cast<int64_t>(sequence.priority()), sequence.arrival()};
+}
+
+bool Scheduler::RunsBefore(const Sequence* a, const Sequence* b) {
+  return std::pair(a->background(), a->arrival()) < std::pair(b->background(), b->arrival());
 }
 
 int32_t Scheduler::num_blocks() const {
   return static_cast<int32_t>(ranks_.size()) * engine_.num_blocks;
+}
+
+int32_t Scheduler::num_background_running() const {
+  int32_t num_running = 0;
+  for (const Rank& rank : ranks_) num_running += rank.num_background;
+  return num_running;
 }
 
 int32_t Scheduler::num_free_blocks() const {
@@ -438,27 +278,37 @@ int32_t Scheduler::num_free_blocks() const {
 
 Scheduler::RankLoad Scheduler::load(int32_t dp_rank) const {
   const Rank& rank = ranks_[dp_rank];
-  return {.num_running = rank.num_running, .num_free_blocks = rank.pool.num_free()};
+  return {.num_running = rank.num_running,
+          .num_background = rank.num_background,
+          .num_free_blocks = rank.pool.num_free(),
+          .num_background_blocks = rank.pool.num_background()};
 }
 
 void Scheduler::CheckInvariants() const {
   // A sequence is in exactly one of waiting and running, each in its order.
   LATENTD_CHECK(sequences_.size() == waiting_.size() + running_.size());
-  LATENTD_CHECK(num_not_started_ <= config_.max_waiting);
-  int32_t num_not_started = 0;
+  std::array<int32_t, 2> num_not_started = {};
+  int32_t num_background = 0;
   for (const auto& [key, sequence] : waiting_) {
     LATENTD_CHECK(!sequence->running && key == KeyOf(*sequence));
-    num_not_started += sequence->started ? 0 : 1;
+    num_not_started[sequence->background()] += sequence->started ? 0 : 1;
+    num_background += sequence->background();
   }
   LATENTD_CHECK(num_not_started == num_not_started_);
+  for (const int32_t number : num_not_started) LATENTD_CHECK(number <= config_.max_waiting);
+  LATENTD_CHECK(num_background == num_background_waiting());
   for (size_t i = 0; i < running_.size(); ++i) {
     LATENTD_CHECK(running_[i]->running && running_[i]->started);
-    LATENTD_CHECK(i == 0 || running_[i - 1]->arrival() < running_[i]->arrival());
+    LATENTD_CHECK(i == 0 || RunsBefore(running_[i - 1], running_[i]));
   }
-  std::vector<int32_t> num_running(ranks_.size());
-  for (const Sequence* sequence : running_) ++num_running[sequence->dp_rank()];
+  std::vector<int32_t> num_running(ranks_.size()), num_background_running(ranks_.size());
+  for (const Sequence* sequence : running_) {
+    ++num_running[sequence->dp_rank()];
+    num_background_running[sequence->dp_rank()] += sequence->background();
+  }
   for (size_t rank = 0; rank < ranks_.size(); ++rank) {
     LATENTD_CHECK(num_running[rank] == ranks_[rank].num_running);
+    LATENTD_CHECK(num_background_running[rank] == ranks_[rank].num_background);
     LATENTD_CHECK(num_running[rank] <= max_running_);
   }
   // A table covers what is computed and what the step under way computes, no more.
@@ -477,9 +327,13 @@ void Scheduler::CheckInvariants() const {
   }
   // The references of a block are the tables that list it; what is still written has one.
   std::vector<std::vector<int32_t>> uses(ranks_.size(), std::vector<int32_t>(engine_.num_blocks));
+  std::vector<std::vector<int32_t>> background_uses = uses;
   for (const auto& [id, sequence] : sequences_) {
     sequence->CheckInvariants();
-    for (const BlockId block : sequence->table().blocks()) ++uses[sequence->dp_rank()][block];
+    for (const BlockId block : sequence->table().blocks()) {
+      ++uses[sequence->dp_rank()][block];
+      background_uses[sequence->dp_rank()][block] += sequence->background();
+    }
   }
   for (const Sequence* sequence : running_) {
     const BlockTable& table = sequence->table();
@@ -491,6 +345,8 @@ void Scheduler::CheckInvariants() const {
     ranks_[rank].pool.CheckInvariants();
     for (BlockId block = 0; block < engine_.num_blocks; ++block) {
       LATENTD_CHECK(ranks_[rank].pool.num_references(block) == uses[rank][block]);
+      LATENTD_CHECK(ranks_[rank].pool.num_background_references(block) ==
+                    background_uses[rank][block]);
     }
   }
 }

@@ -1,10 +1,11 @@
 #ifndef LATENTD_SCHEDULER_SCHEDULER_H_
 #define LATENTD_SCHEDULER_SCHEDULER_H_
 
+#include <array>
 #include <cstdint>
 #include <deque>
 #include <memory>
-#include <utility>
+#include <tuple>
 #include <vector>
 
 #include "absl/container/btree_map.h"
@@ -23,9 +24,13 @@ namespace latentd {
 struct SchedulerConfig {
   int32_t max_step_tokens = 8192;  // >= 1: tokens of one rank in a step; at most the engine's
   int32_t max_running = 256;       // >= 1: running sequences of one rank; at most the engine's
-  int32_t max_waiting = 1024;  // >= 1: requests not begun yet; beyond this, a request is refused
+  // >= 1: requests not begun yet; beyond this, a request is refused. Background ones are counted
+  // apart, up to the same number.
+  int32_t max_waiting = 1024;
   bool prefix_caching = true;
   int32_t max_recoveries = 2;  // >= 0: lost steps that a request survives; the next one fails it
+  // >= 0: background tokens of one rank in a step that computes others too; 0: what these leave.
+  int32_t max_background_tokens = 0;
 };
 
 // OK when `request` is well-formed and could run alone on an empty engine; else INVALID_ARGUMENT
@@ -60,8 +65,8 @@ class Scheduler {
   Scheduler(const Scheduler&) = delete;
   Scheduler& operator=(const Scheduler&) = delete;
 
-  // Queues a request. INVALID_ARGUMENT if it could never fit, RESOURCE_EXHAUSTED if max_waiting
-  // wait already, ALREADY_EXISTS if its id is in use.
+  // Queues a request. INVALID_ARGUMENT if it could never fit, RESOURCE_EXHAUSTED if max_waiting of
+  // its class (background or not) wait already, ALREADY_EXISTS if its id is in use.
   absl::Status Add(Request request);
 
   // Forgets a request; its blocks are free from the next Schedule() on. No events of it follow.
@@ -98,9 +103,14 @@ class Scheduler {
 
   int32_t num_running() const { return static_cast<int32_t>(running_.size()); }
   int32_t num_waiting() const { return static_cast<int32_t>(waiting_.size()); }
-  int32_t num_not_started() const { return num_not_started_; }  // of the waiting ones
-  int32_t num_blocks() const;                                   // all dp_ranks
-  int32_t num_free_blocks() const;                              // all dp_ranks
+  // Of those, the background ones.
+  int32_t num_background_running() const;
+  int32_t num_background_waiting() const { return num_background_ - num_background_running(); }
+  // Of the waiting ones of a class, those that never ran.
+  int32_t num_not_started(bool background = false) const { return num_not_started_[background]; }
+  int32_t num_background_tokens() const { return num_background_tokens_; }  // of the latest plan
+  int32_t num_blocks() const;                                               // all dp_ranks
+  int32_t num_free_blocks() const;                                          // all dp_ranks
   int64_t num_preemptions() const { return num_preemptions_; }
   int64_t num_restarts() const { return num_restarts_; }    // steps that Restart() ended
   int64_t num_recovered() const { return num_recovered_; }  // running sequences, over all of those
@@ -109,7 +119,9 @@ class Scheduler {
 
   struct RankLoad {
     int32_t num_running = 0;
+    int32_t num_background = 0;  // of those
     int32_t num_free_blocks = 0;
+    int32_t num_background_blocks = 0;  // that background sequences alone hold
   };
   RankLoad load(int32_t dp_rank) const;
 
@@ -117,9 +129,11 @@ class Scheduler {
   void CheckInvariants() const;
 
  private:
-  // Waiting requests in the order of their admission: by priority, then by arrival.
-  using WaitingKey = std::pair<int64_t, int64_t>;  // -priority, arrival
+  // Waiting requests in the order of their admission: background ones last, by priority, then by
+  // arrival.
+  using WaitingKey = std::tuple<bool, int64_t, int64_t>;  // background, -priority, arrival
   static WaitingKey KeyOf(const Sequence& sequence);
+  static bool RunsBefore(const Sequence* a, const Sequence* b);
 
   // One attention replica, and what the step being planned has left for it.
   struct Rank {
@@ -127,8 +141,10 @@ class Scheduler {
 
     BlockPool pool;
     int32_t num_running = 0;
-    int32_t budget = 0;      // tokens
-    bool preempted = false;  // somebody, in this step
+    int32_t num_background = 0;          // of those
+    int32_t budget = 0;                  // tokens
+    int32_t num_tokens = 0;              // in the step so far
+    std::array<bool, 2> preempted = {};  // somebody, in this step: [background]
   };
 
   // A sequence's share of the step under way, in plan order.
@@ -137,9 +153,10 @@ class Scheduler {
     int32_t num_tokens;
   };
 
-  // Schedule(), part by part.
-  void ContinueRunning();
-  void AdmitWaiting();
+  // Schedule(), part by part, first for all but the background sequences.
+  void ContinueRunning(bool background);
+  void AdmitWaiting(bool background);
+  void CapBackground();
   StepPlan MakePlan();
 
   // Makes sure that there are free blocks for the first `num_tokens` tokens of a running sequence,
@@ -149,9 +166,11 @@ class Scheduler {
   void Preempt(Sequence* sequence);
 
   // The rank for a waiting sequence, or -1 if none takes it now: of those with about the most room
-  // the one that has least to compute in this step.
+  // the one that has least to compute in this step. What background sequences hold counts as room
+  // for the others.
   int32_t ChooseRank(Sequence* sequence) const;
-  void Run(Sequence* sequence, int32_t rank);  // one that is in waiting_ no more
+  // Lets one that is in waiting_ no more run there; background ones make way for others.
+  void Run(Sequence* sequence, int32_t rank);
   // Takes a running sequence's next tokens into the step. REQUIRES: there is room for them.
   void AddShare(Sequence* sequence, int32_t num_tokens);
 
@@ -170,13 +189,15 @@ class Scheduler {
   std::deque<Rank> ranks_;  // [num_dp_ranks]; before the sequences, whose tables refer to the pools
   absl::flat_hash_map<RequestId, std::unique_ptr<Sequence>> sequences_;  // each waits or runs
   absl::btree_map<WaitingKey, Sequence*> waiting_;
-  std::vector<Sequence*> running_;  // oldest first
+  std::vector<Sequence*> running_;  // background ones last, the oldest first
   int64_t next_arrival_ = 0;
-  int32_t num_not_started_ = 0;
+  int32_t num_background_ = 0;                   // of sequences_
+  std::array<int32_t, 2> num_not_started_ = {};  // [background]
 
   int64_t next_step_ = 0;
   bool in_step_ = false;
   std::vector<Share> shares_;
+  int32_t num_background_tokens_ = 0;
   std::vector<SequenceEvent> started_;
 
   int64_t num_preemptions_ = 0;

@@ -16,7 +16,8 @@ Sequence::Sequence(Request request, int64_t arrival, int32_t block_size,
       hash_block_(hash_block),
       num_prompt_tokens_(static_cast<int32_t>(request_.prompt.size())),
       tokens_(std::move(request_.prompt)),
-      salt_hash_(HashSalt(request_.cache_salt)) {
+      salt_hash_(HashSalt(request_.cache_salt)),
+      table_(request_.background) {
   request_.prompt.clear();
 }
 
@@ -33,7 +34,8 @@ Sequence::PrefixHit Sequence::FindPrefix(const BlockPool& pool) {
     if (!found) break;
     previous = found->content;
     ++hit.num_blocks;
-    if (pool.num_references(found->block) == 0) ++hit.num_free_blocks;
+    const int32_t num_displaced = background() ? 0 : pool.num_background_references(found->block);
+    if (pool.num_references(found->block) == num_displaced) ++hit.num_available_blocks;
   }
   return hit;
 }

@@ -27,6 +27,7 @@ class Sequence {
 
   RequestId id() const { return request_.id; }
   int32_t priority() const { return request_.priority; }
+  bool background() const { return request_.background; }
   int64_t arrival() const { return arrival_; }
   const Request& request() const { return request_; }  // its prompt is empty: see tokens()
 
@@ -41,11 +42,13 @@ class Sequence {
   // Blocks that the table lacks to hold the first `num_tokens` tokens.
   int32_t BlocksFor(int32_t num_tokens) const;
 
-  // Counts the leading blocks that `pool` has cached, and how many of those are free at present.
+  // Counts the leading blocks that `pool` has cached, and how many of those nobody holds that a
+  // sequence of this class does not displace: free ones, and for all but background sequences those
+  // that background ones alone hold.
   // Never the one with the last token: something must be left to compute.
   struct PrefixHit {
     int32_t num_blocks = 0;
-    int32_t num_free_blocks = 0;
+    int32_t num_available_blocks = 0;
   };
   PrefixHit FindPrefix(const BlockPool& pool);
 

@@ -16,7 +16,7 @@ BUGS = {
         ("block_pool.cc", "block.num_references > 0 && block.content == kNoContent", "BUG || (block.num_references > 0 && block.content == kNoContent)"),
     ],
     "wrong slot": [
-        ("scheduler.cc", "plan.blocks.insert(plan.blocks.end(), blocks.begin(), blocks.end());",
+        ("schedule.cc", "plan.blocks.insert(plan.blocks.end(), blocks.begin(), blocks.end());",
          "plan.blocks.insert(plan.blocks.end(), blocks.begin(), blocks.end());\n"
          "    if (BUG && blocks.size() > 1) std::swap(plan.blocks.back(), plan.blocks[plan.blocks.size() - blocks.size()]);"),
     ],
@@ -60,42 +60,45 @@ BUGS = {
         ("block_pool.cc", "if (blocks_[block].num_references == 0) Unlink(block);", "if (blocks_[block].num_references == 0 && !BUG) Unlink(block);"),
     ],
     "a block with references goes to the free list": [
-        ("block_pool.cc", "if (--block.num_references > 0) continue;", "if (--block.num_references > 0 && !BUG) continue;"),
+        ("block_pool.cc", "    if (block.num_references > 0) continue;", "    if (block.num_references > 0 && !BUG) continue;"),
     ],
     "a hit adds no reference": [
-        ("block_pool.cc", "  ++blocks_[block].num_references;", "  if (!BUG || blocks_[block].num_references == 0) ++blocks_[block].num_references;"),
+        ("block_pool.cc", "  Count(&blocks_[block], 1, background);\n}\n\nvoid",
+         "  if (!BUG || blocks_[block].num_references == 0) Count(&blocks_[block], 1, background);\n}\n\nvoid"),
     ],
     "the end of a chunk is taken for the end of the prompt": [
-        ("scheduler.cc", "const bool sample = num_computed + num_tokens == sequence->num_tokens();", "const bool sample = BUG || num_computed + num_tokens == sequence->num_tokens();"),
+        ("schedule.cc", "const bool sample = num_computed + num_tokens == sequence->num_tokens();", "const bool sample = BUG || num_computed + num_tokens == sequence->num_tokens();"),
         ("scheduler.cc", "const bool drew = sequence->num_computed_tokens() == sequence->num_tokens();", "const bool drew = BUG || sequence->num_computed_tokens() == sequence->num_tokens();"),
     ],
     "the plan names another dp_rank": [
-        ("scheduler.cc", ".dp_rank = sequence->dp_rank(),", ".dp_rank = BUG ? 0 : sequence->dp_rank(),"),
+        ("schedule.cc", ".dp_rank = sequence->dp_rank(),", ".dp_rank = BUG ? 0 : sequence->dp_rank(),"),
     ],
     "the prefix is taken from another rank's pool": [
-        ("scheduler.cc", "sequence->TakePrefix(&ranks_[rank].pool, rank);", "sequence->TakePrefix(&ranks_[BUG ? 0 : rank].pool, rank);"),
+        ("schedule.cc", "sequence->TakePrefix(&ranks_[rank].pool, rank);", "sequence->TakePrefix(&ranks_[BUG ? 0 : rank].pool, rank);"),
     ],
     "tokens go to the wrong sequence": [
         ("scheduler.cc", "const TokenId token = drew ? *sampled++ : 0;", "const TokenId token = drew ? (BUG ? result.sampled.back() : *sampled++) : 0;"),
     ],
     "a preempted sequence stays in the plan": [
-        ("scheduler.cc", "    shares_.erase(share);", "    if (!BUG) shares_.erase(share);"),
+        ("schedule.cc", "    shares_.erase(share);", "    if (!BUG) shares_.erase(share);"),
     ],
     "the budget is not charged": [
-        ("scheduler.cc", "  rank.budget -= num_tokens;", "  if (!BUG) rank.budget -= num_tokens;"),
+        ("schedule.cc", "  rank.budget -= num_tokens;", "  if (!BUG) rank.budget -= num_tokens;"),
     ],
     "max_running is not kept": [
-        ("scheduler.cc", "rank.num_running >= max_running_) continue;", "rank.num_running >= max_running_ + BUG) continue;"),
+        ("schedule.cc", "rank.num_background) >= max_running_) continue;", "rank.num_background) >= max_running_ + BUG) continue;"),
+        ("schedule.cc", "if (ranks_[rank].num_running >= max_running_) Preempt", "if (ranks_[rank].num_running >= max_running_ + BUG) Preempt"),
         ("scheduler.cc", "LATENTD_CHECK(num_running[rank] <= max_running_);", "LATENTD_CHECK(num_running[rank] <= max_running_ + BUG);"),
     ],
     "the wait is first come, first served": [
-        ("scheduler.cc", "return {-static_cast<int64_t>(sequence.priority()), sequence.arrival()};", "return {BUG ? 0 : -static_cast<int64_t>(sequence.priority()), sequence.arrival()};"),
+        ("scheduler.cc", "return {sequence.background(), -static_cast<int64_t>(sequence.priority()), sequence.arrival()};",
+         "return {sequence.background(), BUG ? 0 : -static_cast<int64_t>(sequence.priority()), sequence.arrival()};"),
     ],
     "stop tokens are not suppressed": [
-        ("scheduler.cc", "const bool suppress = sample &&", "const bool suppress = !BUG && sample &&"),
+        ("schedule.cc", "const bool suppress = sample &&", "const bool suppress = !BUG && sample &&"),
     ],
     "stop tokens are suppressed one token too long": [
-        ("scheduler.cc", "sequence->num_new_tokens() < request.min_new_tokens", "sequence->num_new_tokens() < request.min_new_tokens + BUG"),
+        ("schedule.cc", "sequence->num_new_tokens() < request.min_new_tokens", "sequence->num_new_tokens() < request.min_new_tokens + BUG"),
     ],
     "max_new_tokens is one off": [
         ("scheduler.cc", "sequence.num_new_tokens() == sequence.request().max_new_tokens", "sequence.num_new_tokens() == sequence.request().max_new_tokens + BUG"),
@@ -125,31 +128,61 @@ BUGS = {
          "    if (BUG && share.sequence->num_new_tokens() + 1 < share.sequence->request().max_new_tokens) share.sequence->AppendToken(0);\n  }"),
     ],
     "a preempted sequence's tokens go to another rank's budget": [
-        ("scheduler.cc", "    rank.budget += share->num_tokens;", "    (BUG ? ranks_.front() : rank).budget += share->num_tokens;"),
+        ("schedule.cc", "    rank.budget += share->num_tokens;", "    (BUG ? ranks_.front() : rank).budget += share->num_tokens;"),
     ],
     "the ranks share one budget": [
-        ("scheduler.cc", "const int32_t budget = ranks_[sequence->dp_rank()].budget;", "const int32_t budget = (BUG ? ranks_.front() : ranks_[sequence->dp_rank()]).budget;"),
+        ("schedule.cc", "const int32_t budget = ranks_[sequence->dp_rank()].budget;", "const int32_t budget = (BUG ? ranks_.front() : ranks_[sequence->dp_rank()]).budget;"),
     ],
     "a spent rank stops the others": [
-        ("scheduler.cc", "    if (budget == 0) continue;", "    if (budget == 0 && BUG) break;\n    if (budget == 0) continue;"),
+        ("schedule.cc", "    if (budget == 0) continue;", "    if (budget == 0 && BUG) break;\n    if (budget == 0) continue;"),
     ],
     "a sequence goes to the first rank that takes it": [
-        ("scheduler.cc", "if (best == nullptr || choice.work < best->work ||", "if (best == nullptr || (choice.work < best->work && !BUG) ||"),
-        ("scheduler.cc", "(choice.work == best->work && choice.room > best->room)) {", "(choice.work == best->work && choice.room > best->room && !BUG)) {"),
-        ("scheduler.cc", "if (choice.room < most_room - most_room / kRoomShare) continue;", "if (choice.room < most_room - most_room / kRoomShare && !BUG) continue;"),
+        ("schedule.cc", "if (best == nullptr || choice.work < best->work ||", "if (best == nullptr || (choice.work < best->work && !BUG) ||"),
+        ("schedule.cc", "(choice.work == best->work && choice.room > best->room)) {", "(choice.work == best->work && choice.room > best->room && !BUG)) {"),
+        ("schedule.cc", "if (choice.room < most_room - most_room / kRoomShare) continue;", "if (choice.room < most_room - most_room / kRoomShare && !BUG) continue;"),
     ],
     "a sequence goes where it has least to wait, room or not": [
-        ("scheduler.cc", "most_room - most_room / kRoomShare && !", "most_room - most_room / kRoomShare && !BUG && !"),
+        ("schedule.cc", "most_room - most_room / kRoomShare && !", "most_room - most_room / kRoomShare && !BUG && !"),
     ],
     "of ranks with equal room the busiest is taken": [
-        ("scheduler.cc", "(choice.work < best->work && !", "((BUG ? choice.work > best->work : choice.work < best->work) && !"),
+        ("schedule.cc", "(choice.work < best->work && !", "((BUG ? choice.work > best->work : choice.work < best->work) && !"),
     ],
     "the first in line waits for a rank that is spent": [
-        ("scheduler.cc", "if (rank.budget == 0 || rank.preempted ||", "if ((rank.budget == 0 && !BUG) || rank.preempted ||"),
-        ("scheduler.cc", "    const int32_t rank = ChooseRank(sequence);\n    if (rank < 0) return;", "    const int32_t rank = ChooseRank(sequence);\n    if (rank < 0 || (BUG && ranks_[rank].budget == 0)) return;"),
+        ("schedule.cc", "if (rank.budget == 0 || rank.preempted[false]) continue;", "if ((rank.budget == 0 && !BUG) || rank.preempted[false]) continue;"),
+        ("schedule.cc", "    const int32_t rank = ChooseRank(sequence);\n    if (rank < 0) return;", "    const int32_t rank = ChooseRank(sequence);\n    if (rank < 0 || (BUG && ranks_[rank].budget == 0)) return;"),
     ],
     "admission counts the free blocks of a hit twice": [
-        ("scheduler.cc", "if (num_to_compute + hit.num_free_blocks > num_free) continue;", "if (num_to_compute + (BUG ? 0 : hit.num_free_blocks) > num_free) continue;"),
+        ("schedule.cc", "if (num_to_compute + hit.num_available_blocks + num_spared > num_free) continue;",
+         "if (num_to_compute + (BUG ? 0 : hit.num_available_blocks) + num_spared > num_free) continue;"),
+    ],
+    "the others wait for what background sequences hold": [
+        ("schedule.cc", "rank.pool.num_free() + (background ? 0 : rank.pool.num_background())", "rank.pool.num_free() + (background || BUG ? 0 : rank.pool.num_background())"),
+    ],
+    "the others wait for the seats of background sequences": [
+        ("schedule.cc", "(background ? 0 : rank.num_background) >= ", "(background || BUG ? 0 : rank.num_background) >= "),
+    ],
+    "another is preempted where a background sequence could be": [
+        ("schedule.cc", "sequence->background() > victim->background() ||", "(sequence->background() > victim->background() && !BUG) ||"),
+    ],
+    "background tokens are not capped": [
+        ("schedule.cc", "if (config_.max_background_tokens == 0 ||", "if (BUG || config_.max_background_tokens == 0 ||"),
+    ],
+    "background tokens are capped when nothing else runs": [
+        ("schedule.cc", "config_.max_background_tokens == 0 || shares_.empty())", "config_.max_background_tokens == 0 || (shares_.empty() && !BUG))"),
+    ],
+    "background sequences are admitted into the blocks that the running ones need next": [
+        ("schedule.cc", "const int32_t num_spared = background ?", "const int32_t num_spared = background && !BUG ?"),
+    ],
+    "background requests count in the others' max_waiting": [
+        ("scheduler.cc", "int32_t& num_not_started = num_not_started_[request.background];", "int32_t& num_not_started = num_not_started_[request.background && !BUG];"),
+    ],
+    "background requests wait behind others that cannot run": [
+        ("schedule.cc", "const auto next = waiting_.lower_bound({background, kFirst, kFirst});", "const auto next = waiting_.lower_bound({background && !BUG, kFirst, kFirst});"),
+    ],
+    "background sequences run first": [
+        ("schedule.cc", "  ContinueRunning(/*background=*/false);\n  AdmitWaiting(/*background=*/false);\n",
+         "  if (BUG) ContinueRunning(/*background=*/true);\n  ContinueRunning(/*background=*/false);\n  AdmitWaiting(/*background=*/false);\n"),
+        ("schedule.cc", "  ContinueRunning(/*background=*/true);\n  AdmitWaiting(/*background=*/true);\n", "  if (!BUG) ContinueRunning(/*background=*/true);\n  AdmitWaiting(/*background=*/true);\n"),
     ],
 }
 

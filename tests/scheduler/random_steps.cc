@@ -15,6 +15,7 @@
 #include "absl/strings/str_cat.h"
 #include "scheduler/scheduler.h"
 #include "tests/scheduler/fake_engine.h"
+#include "tests/scheduler/shadow_scheduler.h"
 
 namespace latentd {
 namespace {
@@ -46,7 +47,10 @@ class World {
     }
     Check(open_.empty(), "a request without an end");
     Check(scheduler_->num_free_blocks() == scheduler_->num_blocks(), "a block was not given back");
-    Check(scheduler_->num_not_started() == 0, "a request counts as waiting and is gone");
+    for (const bool background : {false, true}) {
+      Check(scheduler_->num_not_started(background) == 0,
+            "a request counts as waiting and is gone");
+    }
     ++report_->num_worlds;
     report_->num_preemptions += scheduler_->num_preemptions();
     report_->num_cached_tokens += scheduler_->cached_tokens();
@@ -65,6 +69,16 @@ class World {
     int64_t num_preemptions = 0;   // of all, when that plan was made
     int num_lost_steps_since = 0;  // since it started
     int num_lost_steps = 0;        // of those, that computed it
+  };
+
+  // What a rank has, and gave in the step so far.
+  struct Load {
+    int32_t running = 0;
+    int32_t background = 0;         // of those
+    int32_t free = 0;               // blocks
+    int32_t background_blocks = 0;  // that background sequences hold
+    int32_t budget = 0;             // tokens
+    int32_t tokens = 0;
   };
 
   int Pick(int low, int high) { return low + static_cast<int>(random_() % (high - low + 1)); }
@@ -95,14 +109,19 @@ class World {
     config_ = {.max_step_tokens = Pick(1, 24),
                .max_running = Pick(1, 10),
                .max_waiting = Pick(1, 12),
-               .prefix_caching = !OneIn(4),
-               .max_recoveries = Pick(0, 3)};
+               .prefix_caching = !OneIn(3),
+               .max_recoveries = Pick(0, 3),
+               .max_background_tokens = OneIn(2) ? 0 : Pick(1, 12)};
     max_priority_ = OneIn(2) ? 0 : 2;
     num_salts_ = OneIn(2) ? 1 : 3;
-    scheduler_ = std::make_unique<Scheduler>(
-        config_, options.info,
-        Scheduler::BlockOptions{.block_size = block_size_,
-                                .hash = OneIn(3) ? WeakHash : HashBlock});
+    has_background_ = OneIn(2);
+    const Scheduler::BlockOptions blocks = {.block_size = block_size_,
+                                            .hash = OneIn(3) ? WeakHash : HashBlock};
+    scheduler_ = std::make_unique<Scheduler>(config_, options.info, blocks);
+    const bool fails = options.failure_probability > 0 || options.abort_probability > 0;
+    if (has_background_ && !config_.prefix_caching && !fails) {
+      shadow_ = std::make_unique<ShadowScheduler>(config_, options, blocks);
+    }
   }
 
   std::vector<TokenId> RandomTokens(int count) {
@@ -139,12 +158,13 @@ class World {
       request.stop_token_ids.push_back(Pick(0, engine_->info().vocab_size - 1));
     }
     request.priority = Pick(0, max_priority_);
+    request.background = has_background_ && OneIn(2);
     request.cache_salt = std::string(Pick(0, num_salts_ - 1), 's');
     request.sampling.seed = random_();
     request.sampling.temperature = static_cast<float>(Pick(0, 4)) / 2;
 
     const bool fits = CheckRequest(request, engine_->info(), block_size_).ok();
-    const bool has_room = NumNotStarted() < config_.max_waiting;
+    const bool has_room = NumNotStarted(request.background) < config_.max_waiting;
     const absl::Status added = scheduler_->Add(request);
     Check(added.ok() == (fits && has_room), absl::StrCat("Add: ", added.ToString()));
     if (!added.ok()) {
@@ -152,6 +172,7 @@ class World {
       ++report_->num_refused;
       return;
     }
+    if (shadow_ != nullptr) shadow_->Add(request);
     Client& client = open_[request.id];
     client.expected = engine_->Expected(request);
     client.arrival = next_arrival_++;
@@ -162,6 +183,7 @@ class World {
     if (open_.empty()) return;
     const auto it = std::next(open_.begin(), Pick(0, static_cast<int>(open_.size()) - 1));
     scheduler_->Cancel(it->first);
+    if (shadow_ != nullptr) shadow_->Cancel(it->first);
     open_.erase(it);
     ++report_->num_cancelled;
   }
@@ -173,6 +195,10 @@ class World {
     const StepPlan plan = scheduler_->Schedule();
     scheduler_->CheckInvariants();
     CheckStarted();
+    if (shadow_ != nullptr) {
+      Check(shadow_->SchedulesAs(plan), "a background request changes what the others get");
+      ++report_->num_shadow_steps;
+    }
     if (plan.empty()) {
       Check(scheduler_->idle(), "an empty plan while requests wait");
       return;
@@ -195,6 +221,7 @@ class World {
       Check(events->size() <= result->sampled.size(), "more events than tokens");
       for (const SequenceEvent& event : *events) TakeToken(event);
     }
+    if (shadow_ != nullptr) shadow_->EndStep();
     scheduler_->CheckInvariants();
     Check(
         scheduler_->num_running() + scheduler_->num_waiting() == static_cast<int32_t>(open_.size()),
@@ -207,19 +234,48 @@ class World {
     const absl::Status valid = engine_->CheckPlan(plan);
     Check(valid.ok(), valid.ToString());
     const int32_t num_ranks = engine_->info().num_dp_ranks;
-    std::vector<int32_t> num_tokens(num_ranks), num_sequences(num_ranks);
+    struct Use {
+      int32_t num_tokens = 0;
+      int32_t num_sequences = 0;
+    };
+    std::vector<Use> all(num_ranks), background(num_ranks);
     for (const SequenceStep& sequence : plan.sequences) {
       Check(open_.contains(sequence.id), "a sequence in the plan that nobody wants");
-      num_tokens[sequence.dp_rank] += sequence.num_tokens;
-      ++num_sequences[sequence.dp_rank];
+      const bool is_background = IsBackground(sequence);
+      Check(is_background || !IsBackground(plan.sequences.front()), "background goes first");
+      for (std::vector<Use>* uses : {&all, is_background ? &background : nullptr}) {
+        if (uses == nullptr) continue;
+        (*uses)[sequence.dp_rank].num_tokens += sequence.num_tokens;
+        ++(*uses)[sequence.dp_rank].num_sequences;
+      }
     }
+    const int32_t cap = BackgroundCap(plan);
+    int32_t num_background_tokens = 0;
     for (int32_t rank = 0; rank < num_ranks; ++rank) {
-      Check(num_tokens[rank] <= config_.max_step_tokens, "over the budget");
-      Check(num_sequences[rank] <= config_.max_running, "over max_running");
-      Check(
-          num_tokens[rank] == Budget() || num_sequences[rank] == scheduler_->load(rank).num_running,
-          "a running sequence gets nothing of what is left of its rank's budget");
+      const Scheduler::RankLoad load = scheduler_->load(rank);
+      Check(all[rank].num_tokens <= config_.max_step_tokens, "over the budget");
+      Check(all[rank].num_sequences <= config_.max_running, "over max_running");
+      Check(background[rank].num_tokens <= cap, "over max_background_tokens");
+      const bool spent = all[rank].num_tokens == Budget();
+      Check(spent || all[rank].num_sequences - background[rank].num_sequences ==
+                         load.num_running - load.num_background,
+            "a running sequence gets nothing of what is left of its rank's budget");
+      Check(spent || background[rank].num_tokens == cap ||
+                background[rank].num_sequences == load.num_background,
+            "a background sequence gets nothing of what is left of its rank's budget");
+      num_background_tokens += background[rank].num_tokens;
     }
+    Check(num_background_tokens == scheduler_->num_background_tokens(), "background is miscounted");
+  }
+
+  bool IsBackground(const SequenceStep& sequence) const {
+    return open_.at(sequence.id).request.background;
+  }
+
+  // What background sequences of a rank may have in this step.
+  int32_t BackgroundCap(const StepPlan& plan) const {
+    const bool alone = plan.sequences.empty() || IsBackground(plan.sequences.front());
+    return config_.max_background_tokens == 0 || alone ? Budget() : config_.max_background_tokens;
   }
 
   int32_t Budget() const {
@@ -231,7 +287,11 @@ class World {
     loads_.clear();
     for (int32_t rank = 0; rank < engine_->info().num_dp_ranks; ++rank) {
       const Scheduler::RankLoad load = scheduler_->load(rank);
-      loads_.push_back({load.num_running, load.num_free_blocks, Budget()});
+      loads_.push_back({.running = load.num_running,
+                        .background = load.num_background,
+                        .free = load.num_free_blocks,
+                        .background_blocks = load.num_background_blocks,
+                        .budget = Budget()});
     }
     num_preemptions_ = scheduler_->num_preemptions();
   }
@@ -241,56 +301,85 @@ class World {
   void CheckRanks(const StepPlan& plan) {
     const int64_t num_preemptions = scheduler_->num_preemptions();
     const bool can_tell = !config_.prefix_caching && num_preemptions == num_preemptions_;
-    const int32_t max_running = std::min(config_.max_running, engine_->info().max_sequences);
+    bool background = false;
     for (const SequenceStep& sequence : plan.sequences) {
       Client& client = open_[sequence.id];
-      const bool ran = client.rank >= 0 && client.num_preemptions == num_preemptions;
+      if (client.request.background && !std::exchange(background, true)) {
+        EndTurn(can_tell, BackgroundCap(plan));
+      }
+      const bool ran = config_.prefix_caching
+                           ? client.rank >= 0 && client.num_preemptions == num_preemptions
+                           : sequence.num_computed_tokens > 0;
+      Load& load = loads_[sequence.dp_rank];
       if (ran) {
         Check(sequence.dp_rank == client.rank, "a running sequence changes its rank");
-      } else if (can_tell && sequence.num_computed_tokens == 0) {
-        const int32_t end = sequence.num_computed_tokens + Lacks(client);
-        const int32_t blocks = (end + block_size_ - 1) / block_size_;
-        int32_t most_room = 0;
-        for (const Load& load : loads_) {
-          if (load.Takes(blocks, max_running)) {
-            most_room = std::max(most_room, load.free - blocks);
-          }
-        }
-        const Load* best = nullptr;
-        for (const Load& load : loads_) {
-          if (!load.Takes(blocks, max_running)) continue;
-          if (load.free - blocks < most_room - most_room / 8) continue;
-          if (best == nullptr || load.budget > best->budget ||
-              (load.budget == best->budget && load.free > best->free)) {
-            best = &load;
-          }
-        }
-        Check(best != nullptr, "admitted where there is no room");
-        Check(best == &loads_[sequence.dp_rank], "admitted to another rank than the best");
-        ++loads_[sequence.dp_rank].running;
+      } else if (can_tell) {
+        Check(BestLoad(client) == &load, "admitted to another rank than the best");
+        ++load.running;
+        load.background += background;
       }
-      Load& load = loads_[sequence.dp_rank];
+      const int32_t num_blocks = sequence.num_blocks - (ran ? client.num_blocks : 0);
       load.budget -= sequence.num_tokens;
-      load.free -= sequence.num_blocks - (ran ? client.num_blocks : 0);
+      load.tokens += sequence.num_tokens;
+      load.free -= num_blocks;
+      load.background_blocks += background ? num_blocks : 0;
       client.rank = sequence.dp_rank;
       client.num_blocks = sequence.num_blocks;
       client.num_preemptions = num_preemptions;
     }
-    if (can_tell) CheckFirstInLine(max_running);
+    if (!background) EndTurn(can_tell, BackgroundCap(plan));
+    if (can_tell) CheckFirstInLine(/*background=*/true);
+  }
+
+  // All but the background sequences have what they get.
+  void EndTurn(bool can_tell, int32_t background_cap) {
+    if (can_tell) CheckFirstInLine(/*background=*/false);
+    for (Load& load : loads_) load.budget = std::min(load.budget, background_cap);
+  }
+
+  const Load* BestLoad(const Client& client) const {
+    int32_t most_room = -1;
+    for (const Load& load : loads_) {
+      if (Takes(load, client)) most_room = std::max(most_room, Room(load, client));
+    }
+    const Load* best = nullptr;
+    for (const Load& load : loads_) {
+      if (!Takes(load, client)) continue;
+      if (Room(load, client) < most_room - most_room / 8) continue;
+      if (best == nullptr || load.tokens < best->tokens ||
+          (load.tokens == best->tokens && Room(load, client) > Room(*best, client))) {
+        best = &load;
+      }
+    }
+    return best;
+  }
+
+  // Blocks that a rank has left behind a sequence with nothing computed.
+  int32_t Room(const Load& load, const Client& client) const {
+    const int32_t free = load.free + (client.request.background ? 0 : load.background_blocks);
+    return free - (Lacks(client) + block_size_ - 1) / block_size_;
+  }
+
+  bool Takes(const Load& load, const Client& client) const {
+    const bool background = client.request.background;
+    const int32_t max_running = std::min(config_.max_running, engine_->info().max_sequences);
+    return load.budget > 0 && Room(load, client) >= (background ? load.running : 0) &&
+           load.running - (background ? 0 : load.background) < max_running;
   }
 
   // No rank would take the first in line; told where all that wait have never run.
-  void CheckFirstInLine(int32_t max_running) const {
-    if (scheduler_->num_waiting() != NumNotStarted()) return;
+  void CheckFirstInLine(bool background) const {
+    const int32_t num_waiting =
+        background ? scheduler_->num_background_waiting()
+                   : scheduler_->num_waiting() - scheduler_->num_background_waiting();
+    if (num_waiting != NumNotStarted(background)) return;
     const Client* first = nullptr;
     for (const auto& [id, client] : open_) {
-      if (!client.started && (first == nullptr || ComesBefore(client, *first))) first = &client;
+      if (client.started || client.request.background != background) continue;
+      if (first == nullptr || ComesBefore(client, *first)) first = &client;
     }
     if (first == nullptr) return;
-    for (const Load& load : loads_) {
-      Check(!load.Takes((Lacks(*first) + block_size_ - 1) / block_size_, max_running),
-            "the first in line waits, and there is a rank for it");
-    }
+    Check(BestLoad(*first) == nullptr, "the first in line waits, and there is a rank for it");
   }
 
   static bool ComesBefore(const Client& a, const Client& b) {
@@ -306,6 +395,7 @@ class World {
   void CancelInStep(const StepPlan& plan) {
     const RequestId id = plan.sequences[Pick(0, static_cast<int>(plan.sequences.size()) - 1)].id;
     scheduler_->Cancel(id);
+    if (shadow_ != nullptr) shadow_->Cancel(id);
     scheduler_->CheckInvariants();
     open_.erase(id);
     ++report_->num_cancelled;
@@ -319,6 +409,7 @@ class World {
       Check(it != open_.end() && !it->second.started, "started twice, or after its end");
       Client& client = it->second;
       for (const auto& [id, other] : open_) {
+        if (other.request.background != client.request.background) continue;
         Check(!ComesBefore(other, client) || other.started, "admitted out of order");
       }
       client.started = true;
@@ -364,6 +455,7 @@ class World {
     Check(event.finish == finish, absl::StrCat("request ", event.id, ": a wrong finish"));
     if (finish == FinishReason::kNone) return;
     ++report_->num_finished;
+    if (client.request.background) ++report_->num_background_finished;
     if (finish == FinishReason::kStop) ++report_->num_stopped;
     std::vector<TokenId> answered = client.request.prompt;
     answered.insert(answered.end(), client.got.begin(), client.got.end());
@@ -420,20 +512,11 @@ class World {
     for (auto& [salt, prefixes] : computed_) prefixes.clear();
   }
 
-  int32_t NumNotStarted() const {
-    return static_cast<int32_t>(std::count_if(
-        open_.begin(), open_.end(), [](const auto& entry) { return !entry.second.started; }));
+  int32_t NumNotStarted(bool background) const {
+    return static_cast<int32_t>(std::count_if(open_.begin(), open_.end(), [&](const auto& entry) {
+      return !entry.second.started && entry.second.request.background == background;
+    }));
   }
-
-  struct Load {
-    int32_t running;
-    int32_t free;    // blocks
-    int32_t budget;  // tokens
-
-    bool Takes(int32_t blocks, int32_t max_running) const {
-      return budget > 0 && free >= blocks && running < max_running;
-    }
-  };
 
   const uint64_t seed_;
   std::mt19937_64 random_;
@@ -445,6 +528,8 @@ class World {
   int num_salts_ = 1;
   std::unique_ptr<FakeEngine> engine_;
   std::unique_ptr<Scheduler> scheduler_;
+  std::unique_ptr<ShadowScheduler> shadow_;  // null where plans cannot be compared
+  bool has_background_ = false;
   std::vector<std::vector<TokenId>> phrases_;   // blocks that prompts are made of
   std::vector<std::vector<TokenId>> answered_;  // prompts with their answers
   std::map<RequestId, Client> open_;            // requests without an end yet

@@ -21,7 +21,9 @@ TEST(SchedulerPropertyTest, EveryRequestGetsTheOraclesTokens) {
             << " failed, " << report.num_refused << " refused, " << report.num_preemptions
             << " preemptions, " << report.num_cached_tokens << " cached tokens, "
             << report.num_recovered << " sequences recovered, " << report.num_unrecovered
-            << " once too often\n";
+            << " once too often, " << report.num_background_finished
+            << " background requests finished, " << report.num_shadow_steps
+            << " steps compared with those of a scheduler without background requests\n";
   // Each thing that can go wrong happened often enough to show it.
   EXPECT_GE(report.num_steps, num_steps);
   EXPECT_GT(report.num_finished, num_steps / 20);
@@ -34,6 +36,8 @@ TEST(SchedulerPropertyTest, EveryRequestGetsTheOraclesTokens) {
   EXPECT_GT(report.num_refused, num_steps / 100);
   EXPECT_GT(report.num_preemptions, num_steps / 200);
   EXPECT_GT(report.num_cached_tokens, num_steps / 20);
+  EXPECT_GT(report.num_background_finished, num_steps / 50);
+  EXPECT_GT(report.num_shadow_steps, num_steps / 50);
 }
 
 }  // namespace
