@@ -7,6 +7,7 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -60,9 +61,9 @@ struct ItemEnd {
 };
 
 struct JobFilter {
-  std::string owner;                 // empty: all
-  std::vector<v1::JobState> states;  // empty: all but VALIDATING
-  std::vector<std::pair<std::string, std::string>> metadata;
+  std::string owner = "";                                          // empty: all
+  std::vector<v1::JobState> states = {};                           // empty: all but VALIDATING
+  std::vector<std::pair<std::string, std::string>> metadata = {};  // all of these
 };
 
 // What the store holds; for metrics and quotas.
@@ -93,7 +94,7 @@ class BatchStore {
  public:
   struct Options {
     std::filesystem::path directory;  // made when it is not there
-    std::string vfs;                  // SQLite's; empty: its default. For tests that inject faults
+    std::string vfs = "";             // SQLite's; empty: its default. For tests that inject faults
     // Called by the writing thread after a commit, with the jobs that it changed; must not block.
     std::function<void(const std::vector<JobId>&)> on_change = nullptr;
     std::function<absl::Time()> now = absl::Now;

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
 #include "absl/synchronization/notification.h"
 #include "gtest/gtest.h"
 #include "server/batch/batch_store.h"
@@ -116,6 +117,68 @@ inline absl::Status FinishJob(BatchStore* store, JobId job) {
   if (!status.ok()) return status;
   return store->FinalizeSome(job, 1'000'000).status();
 }
+
+inline const absl::Time kStart = absl::FromUnixSeconds(1'700'000'000);
+
+// A store whose clock the test moves.
+class BatchStoreTest : public ::testing::Test {
+ protected:
+  void SetUp() override { Open(); }
+
+  void Open() {
+    store_.reset();
+    absl::StatusOr<std::unique_ptr<BatchStore>> store =
+        BatchStore::Open({.directory = folder_.path() / "a" / "b",
+                          .on_change =
+                              [this](const std::vector<JobId>& jobs) {
+                                absl::MutexLock lock(&mutex_);
+                                changes_.push_back(jobs);
+                              },
+                          .now =
+                              [this] {
+                                absl::MutexLock lock(&mutex_);
+                                return now_;
+                              }});
+    ASSERT_TRUE(store.ok()) << store.status();
+    store_ = *std::move(store);
+  }
+
+  JobId NewUpload(const std::string& key, const std::string& owner = "ann") {
+    const auto upload = store_->OpenUpload(owner, key, MakeSpec());
+    EXPECT_TRUE(upload.ok()) << upload.status();
+    return upload->record.id;
+  }
+  JobRecord NewJob(const std::string& key, int64_t count, const std::string& owner = "ann") {
+    const auto job = MakeJob(store_.get(), key, count, owner);
+    EXPECT_TRUE(job.ok()) << job.status();
+    return *job;
+  }
+  v1::Job Get(JobId job) {
+    const auto record = store_->GetJob(job);
+    EXPECT_TRUE(record.ok()) << record.status();
+    return record->job;
+  }
+  std::vector<BatchStore::Result> Results(JobId job, int64_t after = 0, int limit = 1000) {
+    const auto results = store_->ReadResults(job, after, limit, 1 << 20);
+    EXPECT_TRUE(results.ok()) << results.status();
+    return *results;
+  }
+  std::vector<PendingItem> Pending(JobId job, int64_t first = 0) {
+    const auto items = store_->ReadPending(job, first, 1000, 1 << 20);
+    EXPECT_TRUE(items.ok()) << items.status();
+    return *items;
+  }
+  void Pass(absl::Duration time) {
+    absl::MutexLock lock(&mutex_);
+    now_ += time;
+  }
+
+  StoreFolder folder_;
+  absl::Mutex mutex_;
+  absl::Time now_ ABSL_GUARDED_BY(mutex_) = kStart;
+  std::vector<std::vector<JobId>> changes_ ABSL_GUARDED_BY(mutex_);
+  std::unique_ptr<BatchStore> store_;
+};
 
 }  // namespace latentd
 
