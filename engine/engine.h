@@ -33,6 +33,7 @@ class Engine {
   // not: a later plan may succeed if it computes its sequences again from their first token.
   // ABORTED means that the step failed through no fault of its sequences, such as by the loss of a
   // rank: computed again, once the engine is ready(), they go on as if nothing had happened.
+  // CANCELLED means that besides nothing was begun: the cache was lost between two steps.
   virtual absl::StatusOr<StepResult> Execute(const StepPlan& plan) = 0;
 
   // False while Execute() would fail with ABORTED: a rank is missing, the group is being formed

@@ -212,7 +212,8 @@ class EngineCore::Impl {
 
     absl::StatusOr<std::vector<SequenceEvent>> events =
         result.ok() ? scheduler_.Update(plan, *result) : result.status();
-    const bool aborted = absl::IsAborted(result.status()) && !engine_->lost();
+    const bool aborted = (absl::IsAborted(result.status()) || absl::IsCancelled(result.status())) &&
+                         !engine_->lost();
     absl::Status lost;  // why, once the engine is
     if (events.ok()) {
       num_failed_steps_ = 0;

@@ -163,6 +163,7 @@ absl::StatusOr<std::vector<SequenceEvent>> Scheduler::Update(const StepPlan& pla
 
 std::vector<SequenceEvent> Scheduler::Restart(const StepPlan& plan, const absl::Status& error) {
   LATENTD_CHECK(in_step_ && plan.step == next_step_ - 1);
+  const int loss = absl::IsCancelled(error) ? 0 : 1;
   ++num_restarts_;
   std::vector<SequenceEvent> events;
   std::vector<Sequence*> ended;
@@ -170,7 +171,7 @@ std::vector<SequenceEvent> Scheduler::Restart(const StepPlan& plan, const absl::
   for (Sequence* sequence : running_) {
     if (sequence->cancelled) {
       ended.push_back(sequence);
-    } else if (++sequence->num_lost > config_.max_recoveries) {
+    } else if ((sequence->num_lost += loss) > config_.max_recoveries) {
       events.push_back(FailedEvent(
           sequence->id(),
           absl::UnavailableError(absl::StrCat(

@@ -86,7 +86,8 @@ class Scheduler {
 
   // Ends the step under way after the engine lost it (ABORTED), and with it the whole cache: all
   // running sequences wait to be computed again from their first token, and keep what they have
-  // drawn. Those for which it is one loss more than max_recoveries fail with UNAVAILABLE.
+  // drawn. Those for which it is one loss more than max_recoveries fail with UNAVAILABLE. A step
+  // that was not begun (CANCELLED) is no loss of theirs.
   std::vector<SequenceEvent> Restart(const StepPlan& plan, const absl::Status& error);
 
   // Ends the step under way after another error of the engine, whose cache is undefined now: the

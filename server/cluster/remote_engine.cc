@@ -29,9 +29,9 @@ absl::StatusOr<StepResult> RemoteEngine::Execute(const StepPlan& plan) {
 }
 
 absl::StatusOr<StepResult> RemoteEngine::RunStep(int64_t epoch, const StepPlan& plan) {
-  if (epoch == 0) return absl::AbortedError("the ranks are not in a group now");
+  if (epoch == 0) return absl::CancelledError("the ranks are not in a group now");
   if (cache_epoch_ != 0 && cache_epoch_ != epoch) {
-    return absl::AbortedError("the group was formed again since the last step");
+    return absl::CancelledError("the group was formed again since the last step");
   }
   SplitPlan(plan, info_.num_dp_ranks, &shares_);
   std::vector<grpc::ByteBuffer> messages;

@@ -15,8 +15,8 @@ namespace latentd {
 
 // All ranks of a group as one engine: each gets its share of a step, and their results become one.
 //
-// A step that a rank was lost in, and the first after the group was formed again, fail with
-// ABORTED: the caches of the ranks are those of the group before.
+// A step that a rank was lost in fails with ABORTED. One that is planned for the caches of a group
+// that is no more, having been lost between two steps, fails with CANCELLED.
 class RemoteEngine final : public Engine {
  public:
   // `leader` is not owned. REQUIRES: its first group was formed.
