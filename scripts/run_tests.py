@@ -1,7 +1,7 @@
 """All tests, one after the other, and one line of counts at the end. Called by scripts/test.
 
 Steps: format, includes, proto (lint) · build, with the CUDA engine where there is its compiler, unit (ctest; what needs a
-GPU is skipped by name where there is none) · e2e (pytest with real clients) · asan and tsan (the host's tests again, under
+GPU is skipped by name where there is none) · e2e (pytest with real clients) · deploy (the Helm chart, alerts) · asan and tsan (the host's tests again, under
 sanitizers) · fuzz (each target for some seconds). A failure does not stop the others.
 A test is a GoogleTest or pytest case, or a check of another kind that counts as one.
 """
@@ -185,18 +185,16 @@ def step_fuzz(options) -> Tally:
 # ---- end to end ------------------------------------------------------------------------------------------
 
 
-def e2e(binary: str, label: str, full: bool, env=None) -> Tally:
-    """The tests of tests/e2e against one build of the program."""
+def pytest(folder: str, label: str, timeout: float, env=None) -> Tally:
     report = ROOT / 'build' / f'{label}.xml'
     report.unlink(missing_ok=True)
-    run([sys.executable, '-m', 'pytest', '-q', '-rs', '-p', 'no:cacheprovider', f'--junitxml={report}', 'tests/e2e'],
-        ROOT / 'build' / 'log' / f'{label}.log', tail=120, timeout=2 * 3600 if full else 1500,
-        env={'LATENTD_BINARY': str(ROOT / binary), 'PYTHONDONTWRITEBYTECODE': '1', **(env or {})})
+    run([sys.executable, '-m', 'pytest', '-q', '-rs', '-p', 'no:cacheprovider', f'--junitxml={report}', folder],
+        ROOT / 'build' / 'log' / f'{label}.log', tail=120, timeout=timeout, env={'PYTHONDONTWRITEBYTECODE': '1', **(env or {})})
     if not report.exists():
         return Tally(failed=[f'{label}: pytest'])
     tally = Tally()
     for case in ET.parse(report).iter('testcase'):
-        name = f'{label}: {case.get("classname").removeprefix("tests.e2e.")}::{case.get("name")}'
+        name = f'{label}: {case.get("classname").removeprefix(folder.replace("/", ".") + ".")}::{case.get("name")}'
         skipped = case.find('skipped')
         if case.find('failure') is not None or case.find('error') is not None:
             tally.failed.append(name)
@@ -205,6 +203,15 @@ def e2e(binary: str, label: str, full: bool, env=None) -> Tally:
         else:
             tally.passed += 1
     return tally
+
+
+def e2e(binary: str, label: str, full: bool, env=None) -> Tally:
+    """The tests of tests/e2e against one build of the program."""
+    return pytest('tests/e2e', label, 2 * 3600 if full else 1500, env={'LATENTD_BINARY': str(ROOT / binary), **(env or {})})
+
+
+def step_deploy(options) -> Tally:
+    return pytest('tests/deploy', 'deploy', 600)
 
 
 def step_e2e(options) -> Tally:
@@ -220,6 +227,7 @@ STEPS = {
     'unit': step_unit,
     'e2e': step_e2e,
     'proto': step_proto,  # after e2e, which waits for the tools
+    'deploy': step_deploy,
     'asan': step_asan,
     'tsan': step_tsan,
     'fuzz': step_fuzz,
@@ -238,9 +246,9 @@ def main() -> int:
     if options.full:
         os.environ['LATENTD_TEST_LONG'] = '1'
 
-    # The Go tools compile beside our own code; only e2e and proto need them.
+    # The Go tools compile beside our own code; only e2e, proto and deploy need them.
     options.tools_process = None
-    if {'e2e', 'proto'} & set(steps):
+    if {'e2e', 'proto', 'deploy'} & set(steps):
         options.tools_process = subprocess.Popen(['nice', 'scripts/setup', '--tools'], cwd=ROOT, stdin=subprocess.DEVNULL)
 
     total = Tally()
