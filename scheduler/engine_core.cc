@@ -37,6 +37,7 @@ class EngineCore::Impl {
   Impl(const SchedulerConfig& config, Engine* engine, Callbacks callbacks,
        absl::Duration recovery_timeout)
       : max_waiting_(config.max_waiting),
+        max_running_(config.max_running),
         recovery_timeout_(recovery_timeout),
         info_(engine->info()),
         engine_(engine),
@@ -81,6 +82,10 @@ class EngineCore::Impl {
     stats.num_background_waiting += num_submitted_[true];
     if (!stats.ready) stats.not_ready += absl::Now() - not_ready_since_;
     return stats;
+  }
+
+  int32_t max_running() const {
+    return std::min(max_running_, info_.max_sequences) * info_.num_dp_ranks;
   }
 
   void Stop() ABSL_LOCKS_EXCLUDED(mutex_, join_mutex_) {
@@ -310,6 +315,7 @@ class EngineCore::Impl {
 
   // Constant after construction.
   const int32_t max_waiting_;
+  const int32_t max_running_;  // of a rank, as configured
   const absl::Duration recovery_timeout_;
   const EngineInfo info_;
   Engine* const engine_;
@@ -352,6 +358,8 @@ absl::Status EngineCore::Submit(Request request) { return impl_->Submit(std::mov
 void EngineCore::Cancel(RequestId id) { impl_->Cancel(id); }
 
 CoreStats EngineCore::stats() const { return impl_->stats(); }
+
+int32_t EngineCore::max_running() const { return impl_->max_running(); }
 
 void EngineCore::Stop() { impl_->Stop(); }
 

@@ -94,6 +94,9 @@ class EngineCore {
 
   CoreStats stats() const;
 
+  // Sequences that run at once, at most: all dp_ranks.
+  int32_t max_running() const;
+
   // Ends the thread after the running step. What is unfinished gets kFailed with UNAVAILABLE. Any
   // thread, any number of times, but not from within a callback.
   void Stop();

@@ -15,6 +15,8 @@
 #include "absl/time/time.h"
 #include "engine/status.h"
 #include "latentd/v1/inference.grpc.pb.h"
+#include "server/local_call.h"
+#include "server/local_caller.h"
 #include "server/output_processor.h"
 #include "server/request_builder.h"
 #include "server/status.h"
@@ -65,13 +67,16 @@ absl::Status ExplainSubmit(const absl::Status& status) {
 
 }  // namespace
 
-class InferenceService::Impl final : public Raw<v1::InferenceService::Service>, public CallHost {
+class InferenceService::Impl final : public Raw<v1::InferenceService::Service>,
+                                     public CallHost,
+                                     public LocalCaller {
  public:
   Impl(const ServiceOptions& options, RequestObserver* observer)
       : options_(options),
         observer_(observer),
         outputs_(MakeOutputs(options.num_output_threads)),
-        workers_(options.num_workers, options.max_queued_calls) {}
+        workers_(options.num_workers, options.max_queued_calls),
+        local_workers_(1, options.max_queued_calls) {}
 
   void SetServing(std::shared_ptr<const ServedModel> model, EngineCore* core);
   void HandleEvents(std::vector<SequenceEvent> events);
@@ -84,29 +89,35 @@ class InferenceService::Impl final : public Raw<v1::InferenceService::Service>, 
   void OnCallDone(GenerationCall* call) override;
   RequestObserver& observer() override { return *observer_; }
 
+  // LocalCaller
+  int32_t capacity() const override;
+  void Start(CallId id, LocalRequest request, const LocalCaller::Options& options,
+             Done done) override;
+  void Cancel(CallId id) override;
+
   // v1::InferenceService
   grpc::ServerUnaryReactor* Chat(grpc::CallbackServerContext* context,
                                  const grpc::ByteBuffer* request,
                                  grpc::ByteBuffer* response) override {
-    return Start(std::make_shared<UnaryCall<v1::ChatResponse>>(this, context, "Chat", response),
-                 *request, &Impl::Build<v1::ChatRequest>);
+    return Take<v1::ChatRequest>(
+        std::make_shared<UnaryCall<v1::ChatResponse>>(this, context, "Chat", response), *request);
   }
   grpc::ServerWriteReactor<grpc::ByteBuffer>* StreamChat(grpc::CallbackServerContext* context,
                                                          const grpc::ByteBuffer* request) override {
-    return Start(std::make_shared<StreamCall>(this, context, "StreamChat"), *request,
-                 &Impl::Build<v1::ChatRequest>);
+    return Take<v1::ChatRequest>(std::make_shared<StreamCall>(this, context, "StreamChat"),
+                                 *request);
   }
   grpc::ServerUnaryReactor* Complete(grpc::CallbackServerContext* context,
                                      const grpc::ByteBuffer* request,
                                      grpc::ByteBuffer* response) override {
-    return Start(
+    return Take<v1::CompleteRequest>(
         std::make_shared<UnaryCall<v1::CompleteResponse>>(this, context, "Complete", response),
-        *request, &Impl::Build<v1::CompleteRequest>);
+        *request);
   }
   grpc::ServerWriteReactor<grpc::ByteBuffer>* StreamComplete(
       grpc::CallbackServerContext* context, const grpc::ByteBuffer* request) override {
-    return Start(std::make_shared<StreamCall>(this, context, "StreamComplete"), *request,
-                 &Impl::Build<v1::CompleteRequest>);
+    return Take<v1::CompleteRequest>(std::make_shared<StreamCall>(this, context, "StreamComplete"),
+                                     *request);
   }
   grpc::ServerUnaryReactor* RenderChat(grpc::CallbackServerContext* context,
                                        const grpc::ByteBuffer* request,
@@ -126,8 +137,7 @@ class InferenceService::Impl final : public Raw<v1::InferenceService::Service>, 
 
  private:
   using ModelPtr = std::shared_ptr<const ServedModel>;
-  using BuildFunction = absl::StatusOr<GenerationRequest> (Impl::*)(const grpc::ByteBuffer&,
-                                                                    const ServedModel&) const;
+  using BuildFunction = std::function<absl::StatusOr<GenerationRequest>(const ServedModel&)>;
 
   std::vector<std::unique_ptr<OutputProcessor>> MakeOutputs(int num_threads);
   // The one that has the request.
@@ -141,27 +151,26 @@ class InferenceService::Impl final : public Raw<v1::InferenceService::Service>, 
                                               const ServedModel& model) const {
     return BuildCompletion(proto, model);
   }
-  template <typename Proto>
-  absl::StatusOr<GenerationRequest> Build(const grpc::ByteBuffer& bytes,
-                                          const ServedModel& model) const {
-    ASSIGN_OR_RETURN(const Proto proto, Parse<Proto>(bytes));
-    return BuildFrom(proto, model);
-  }
+  absl::StatusOr<GenerationRequest> BuildLocal(const LocalRequest& request,
+                                               const LocalCaller::Options& options,
+                                               const ServedModel& model) const;
 
   // The model, unless it is not loaded yet or the server drains.
   absl::StatusOr<ModelPtr> Serving() const;
 
-  // Takes a generating call in, and has a worker prepare it.
-  template <typename Call>
-  Call* Start(std::shared_ptr<Call> call, const grpc::ByteBuffer& request, BuildFunction build) {
-    Take(call, request, build);
+  // Takes a client's generating call in, and has a worker prepare it.
+  template <typename Proto, typename Call>
+  Call* Take(std::shared_ptr<Call> call, const grpc::ByteBuffer& bytes) {
+    TakeCall(call, [this, bytes](const ServedModel& model) -> absl::StatusOr<GenerationRequest> {
+      ASSIGN_OR_RETURN(const Proto proto, Parse<Proto>(bytes));
+      return BuildFrom(proto, model);
+    });
     return call.get();  // held by calls_ until gRPC is done with it
   }
-  void Take(std::shared_ptr<GenerationCall> call, const grpc::ByteBuffer& request,
-            BuildFunction build);
+  void TakeCall(std::shared_ptr<GenerationCall> call, BuildFunction build);
+  void PrepareOn(WorkerPool* workers, std::shared_ptr<GenerationCall> call, BuildFunction build);
   // On a worker thread.
-  void Prepare(const std::shared_ptr<GenerationCall>& call, const grpc::ByteBuffer& request,
-               BuildFunction build);
+  void Prepare(const std::shared_ptr<GenerationCall>& call, const BuildFunction& build);
   absl::Status Submit(const std::shared_ptr<GenerationCall>& call, GenerationRequest request);
 
   // A call that generates nothing: parse, `answer`, encode, on a worker thread.
@@ -181,9 +190,12 @@ class InferenceService::Impl final : public Raw<v1::InferenceService::Service>, 
   ModelPtr model_ ABSL_GUARDED_BY(mutex_);  // null while loading
   absl::flat_hash_map<GenerationCall*, std::shared_ptr<GenerationCall>> calls_
       ABSL_GUARDED_BY(mutex_);
+  absl::flat_hash_map<CallId, std::shared_ptr<GenerationCall>> local_calls_ ABSL_GUARDED_BY(mutex_);
 
   const std::vector<std::unique_ptr<OutputProcessor>> outputs_;
-  WorkerPool workers_;  // last: its threads use all of the above
+  // Last: their threads use all of the above.
+  WorkerPool workers_;
+  WorkerPool local_workers_;  // apart: clients do not wait behind those of this process
 };
 
 namespace {
@@ -248,6 +260,7 @@ void InferenceService::Impl::AbortAll(const absl::Status& status) {
   {
     absl::MutexLock lock(&mutex_);
     for (const auto& [pointer, call] : calls_) calls.push_back(call);
+    for (const auto& [id, call] : local_calls_) calls.push_back(call);
   }
   for (const auto& call : calls) call->Abort(status);
 }
@@ -275,8 +288,7 @@ absl::StatusOr<InferenceService::Impl::ModelPtr> InferenceService::Impl::Serving
       absl::Seconds(5));
 }
 
-void InferenceService::Impl::Take(std::shared_ptr<GenerationCall> call,
-                                  const grpc::ByteBuffer& request, BuildFunction build) {
+void InferenceService::Impl::TakeCall(std::shared_ptr<GenerationCall> call, BuildFunction build) {
   bool full = false;
   {
     absl::MutexLock lock(&mutex_);
@@ -285,17 +297,78 @@ void InferenceService::Impl::Take(std::shared_ptr<GenerationCall> call,
   }
   if (full) {
     call->Refuse(Overloaded("requests are open", options_.max_concurrent_requests));
-  } else if (!workers_.TryRun([this, call, request, build] { Prepare(call, request, build); })) {
+  } else {
+    PrepareOn(&workers_, std::move(call), std::move(build));
+  }
+}
+
+int32_t InferenceService::Impl::capacity() const {
+  return Serving().ok() ? core_.load()->max_running() : 0;
+}
+
+void InferenceService::Impl::Start(CallId id, LocalRequest request,
+                                   const LocalCaller::Options& options, Done done) {
+  Done finish = [this, id, done = std::move(done)](absl::StatusOr<LocalResponse> response) {
+    std::shared_ptr<GenerationCall> call;  // who ends it holds it too
+    {
+      absl::MutexLock lock(&mutex_);
+      call = std::move(local_calls_.extract(id).mapped());
+    }
+    done(std::move(response));
+  };
+  std::shared_ptr<GenerationCall> call;
+  if (std::holds_alternative<v1::ChatRequest>(request)) {
+    call = std::make_shared<LocalCall<v1::ChatResponse>>(this, std::move(finish));
+  } else {
+    call = std::make_shared<LocalCall<v1::CompleteResponse>>(this, std::move(finish));
+  }
+  {
+    absl::MutexLock lock(&mutex_);
+    LATENTD_CHECK(local_calls_.emplace(id, call).second);
+  }
+  PrepareOn(&local_workers_, std::move(call),
+            [this, request = std::make_shared<const LocalRequest>(std::move(request)),
+             options](const ServedModel& model) { return BuildLocal(*request, options, model); });
+}
+
+void InferenceService::Impl::Cancel(CallId id) {
+  std::shared_ptr<GenerationCall> call;
+  {
+    absl::MutexLock lock(&mutex_);
+    const auto it = local_calls_.find(id);
+    if (it == local_calls_.end()) return;
+    call = it->second;
+  }
+  call->Abort(MakeError(absl::StatusCode::kCancelled, "CANCELLED", "the call was cancelled"));
+}
+
+absl::StatusOr<GenerationRequest> InferenceService::Impl::BuildLocal(
+    const LocalRequest& request, const LocalCaller::Options& options,
+    const ServedModel& model) const {
+  ASSIGN_OR_RETURN(GenerationRequest built,
+                   std::visit([&](const auto& proto) { return BuildFrom(proto, model); }, request));
+  const bool has_seed =
+      std::visit([](const auto& proto) { return proto.sampling().has_seed(); }, request);
+  if (!has_seed) built.core.sampling.seed = options.seed;
+  built.core.background = true;
+  built.core.priority = options.priority;
+  built.queue_timeout = absl::InfiniteDuration();
+  return built;
+}
+
+void InferenceService::Impl::PrepareOn(WorkerPool* workers, std::shared_ptr<GenerationCall> call,
+                                       BuildFunction build) {
+  if (!workers->TryRun([this, call, build = std::move(build)] { Prepare(call, build); })) {
     call->Refuse(Overloaded("calls wait to be prepared", options_.max_queued_calls));
   }
 }
 
 void InferenceService::Impl::Prepare(const std::shared_ptr<GenerationCall>& call,
-                                     const grpc::ByteBuffer& bytes, BuildFunction build) {
+                                     const BuildFunction& build) {
   if (call->ended()) return;  // cancelled while it waited for this thread
   const auto model = Serving();
   if (!model.ok()) return call->Refuse(model.status());
-  auto request = (this->*build)(bytes, **model);
+  auto request = build(**model);
   if (!request.ok()) return call->Refuse(request.status());
   call->Begin(*request, (*model)->name);
   if (absl::Status status = Submit(call, *std::move(request)); !status.ok()) {
@@ -309,7 +382,7 @@ absl::Status InferenceService::Impl::Submit(const std::shared_ptr<GenerationCall
   const RequestId id = ++last_id_;
   request.core.id = id;
   OutputOf(id).Add(id, std::move(request.answer), call, call->arrival(),
-                   call->arrival() + request.queue_timeout);
+                   call->arrival() + request.queue_timeout, !request.core.background);
   call->Submitting(id);
   if (absl::Status status = core_.load()->Submit(std::move(request.core)); !status.ok()) {
     OutputOf(id).Remove(id);
@@ -425,6 +498,7 @@ void InferenceService::HandleEvents(std::vector<SequenceEvent> events) {
   impl_->HandleEvents(std::move(events));
 }
 void InferenceService::StartDrain() { impl_->StartDrain(); }
+LocalCaller* InferenceService::local_caller() { return impl_.get(); }
 int32_t InferenceService::num_active() const { return impl_->num_active(); }
 void InferenceService::AbortAll(const absl::Status& status) { impl_->AbortAll(status); }
 

@@ -17,6 +17,8 @@ class Service;
 
 namespace latentd {
 
+class LocalCaller;
+
 struct ServiceOptions {
   // Generating calls that are open at once; one more is refused with RESOURCE_EXHAUSTED.
   int32_t max_concurrent_requests = 4096;
@@ -39,8 +41,8 @@ class InferenceService {
  public:
   // `observer` must outlive the service.
   InferenceService(const ServiceOptions& options, RequestObserver* observer);
-  // REQUIRES: the gRPC server is shut down (no call is open), and no core calls HandleEvents any
-  // more.
+  // REQUIRES: the gRPC server is shut down (no call is open), every local call has ended, and no
+  // core calls HandleEvents any more.
   ~InferenceService();
 
   // To be registered with a grpc::ServerBuilder, before or after SetServing.
@@ -51,6 +53,9 @@ class InferenceService {
   // after the gRPC server is done with it. Call once.
   void SetServing(std::shared_ptr<const ServedModel> model, EngineCore* core);
 
+  // For requests of this process. Its calls are not among num_active(); AbortAll ends them too.
+  LocalCaller* local_caller();
+
   // EngineCore::Callbacks::on_events.
   void HandleEvents(std::vector<SequenceEvent> events);
 
@@ -60,8 +65,8 @@ class InferenceService {
   // Generating calls that are open: with StartDrain, how many the drain still waits for.
   int32_t num_active() const;
 
-  // Ends every generating call that is open with `status`. A client that does not read may hold its
-  // call open until the gRPC server's own shutdown deadline.
+  // Ends every generating call that is open with `status`, local ones too. A client that does not
+  // read may hold its call open until the gRPC server's own shutdown deadline.
   void AbortAll(const absl::Status& status);
 
  private:

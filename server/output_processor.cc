@@ -6,6 +6,16 @@
 #include "server/status.h"
 
 namespace latentd {
+namespace {
+
+// The core says what; who tries again needs to know whether the request may be the reason.
+absl::Status Explain(const SequenceEvent& event) {
+  if (!absl::IsUnavailable(event.error)) return event.error;
+  return MakeError(event.error.code(), event.suspect ? "ENGINE_FAILED" : "ENGINE_UNAVAILABLE",
+                   event.error.message());
+}
+
+}  // namespace
 
 OutputProcessor::OutputProcessor(std::function<void(RequestId)> cancel, RequestObserver* observer)
     : cancel_(std::move(cancel)), observer_(observer), thread_([this] { Loop(); }) {}
@@ -19,11 +29,12 @@ OutputProcessor::~OutputProcessor() {
 }
 
 void OutputProcessor::Add(RequestId id, AnswerSpec spec, std::shared_ptr<AnswerSink> sink,
-                          absl::Time arrival, absl::Time queue_deadline) {
+                          absl::Time arrival, absl::Time queue_deadline, bool observed) {
   Push(AddCommand{id, std::make_unique<Entry>(Entry{.answer = Answer(std::move(spec)),
                                                     .sink = std::move(sink),
                                                     .arrival = arrival,
                                                     .queue_deadline = queue_deadline,
+                                                    .observed = observed,
                                                     .progress = {}})});
 }
 
@@ -100,7 +111,7 @@ void OutputProcessor::Run(EventsCommand command) {
         HandleToken(it, event, command.time);
         break;
       case SequenceEvent::Kind::kFailed:
-        entry->sink->OnFailed(event.error);
+        entry->sink->OnFailed(Explain(event));
         Erase(it);
         break;
     }
@@ -129,8 +140,8 @@ void OutputProcessor::ObserveToken(Entry* entry, absl::Time now) {
   AnswerProgress& progress = entry->progress;
   if (progress.completion_tokens == 0) {
     progress.first_token = now;
-    observer_->OnFirstToken(now - entry->arrival);
-  } else {
+    if (entry->observed) observer_->OnFirstToken(now - entry->arrival);
+  } else if (entry->observed) {
     const absl::Duration gap = now - progress.last_token;
     if (gap != observed_gap_) FlushObserved();
     observed_gap_ = gap;

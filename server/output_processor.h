@@ -59,9 +59,9 @@ class OutputProcessor {
   ~OutputProcessor();  // ends the thread; what is open is dropped
 
   // Before the request is submitted to the core. When it has not started at `queue_deadline` it
-  // fails with DEADLINE_EXCEEDED.
+  // fails with DEADLINE_EXCEEDED. The observer hears of its tokens if it is `observed`.
   void Add(RequestId id, AnswerSpec spec, std::shared_ptr<AnswerSink> sink, absl::Time arrival,
-           absl::Time queue_deadline);
+           absl::Time queue_deadline, bool observed);
   // Drops it: the sink hears no more of it. No-op when it has ended.
   void Remove(RequestId id);
   // What the core reports. Never blocks.
@@ -73,6 +73,7 @@ class OutputProcessor {
     std::shared_ptr<AnswerSink> sink;
     absl::Time arrival;
     absl::Time queue_deadline;  // InfiniteFuture: none, or no longer
+    bool observed;
     AnswerProgress progress;
   };
   struct AddCommand {

@@ -22,109 +22,22 @@ absl::Time ToAbslTime(std::chrono::system_clock::time_point time) {
                                                               : absl::FromChrono(time);
 }
 
-v1::FinishReason ToProto(FinishReason reason) {
-  switch (reason) {
-    case FinishReason::kStop:
-      return v1::FINISH_REASON_STOP;
-    case FinishReason::kLength:
-      return v1::FINISH_REASON_LENGTH;
-    case FinishReason::kNone:
-    case FinishReason::kError:
-      break;
-  }
-  return v1::FINISH_REASON_UNSPECIFIED;
-}
-
-void SetDuration(absl::Duration duration, google::protobuf::Duration* proto) {
-  if (duration < absl::ZeroDuration()) duration = absl::ZeroDuration();  // the clock was set back
-  proto->set_seconds(absl::IDivDuration(duration, absl::Seconds(1), &duration));
-  proto->set_nanos(static_cast<int32_t>(absl::ToInt64Nanoseconds(duration)));
-}
-
-void FillUsage(int32_t prompt_tokens, absl::Time arrival, const AnswerProgress& progress,
-               v1::Usage* usage) {
-  usage->set_prompt_tokens(prompt_tokens);
-  usage->set_cached_tokens(progress.cached_tokens);
-  usage->set_completion_tokens(progress.completion_tokens);
-  usage->set_reasoning_tokens(progress.reasoning_tokens);
-  v1::Timings* timings = usage->mutable_timings();
-  SetDuration(progress.started - arrival, timings->mutable_queue_duration());
-  SetDuration(progress.first_token - progress.started, timings->mutable_prefill_duration());
-  SetDuration(progress.last_token - progress.first_token, timings->mutable_decode_duration());
-}
-
-// Finished and Choice share these fields by name.
-template <typename Proto>
-void FillFinish(const Answer& answer, Proto* proto) {
-  proto->set_finish_reason(ToProto(answer.finish_reason()));
-  proto->set_stop_matched(answer.stop_matched());
-  if (answer.stop_token_id()) proto->set_stop_token_id(*answer.stop_token_id());
-}
-
 }  // namespace
 
-// ---- GenerationCall ----------------------------------------------------------------------------
+// ---- RpcCall -----------------------------------------------------------------------------------
 
-GenerationCall::GenerationCall(CallHost* host, grpc::CallbackServerContext* context,
-                               std::string_view method)
-    : host_(host),
+RpcCall::RpcCall(CallHost* host, grpc::CallbackServerContext* context, std::string_view method)
+    : GenerationCall(host),
       context_(context),
       method_(method),
-      arrival_(absl::Now()),
       deadline_(ToAbslTime(context->deadline())) {}
 
-bool GenerationCall::ended() const {
-  absl::MutexLock lock(&mutex_);
-  return end_.has_value();
-}
-
-void GenerationCall::Begin(const GenerationRequest& request, const std::string& model_name) {
-  absl::MutexLock lock(&mutex_);
-  head_ = {.request_id = request.request_id,
-           .model = model_name,
-           .prompt_tokens = static_cast<int32_t>(request.core.prompt.size()),
-           .seed = request.core.sampling.seed,
-           .send_token_ids = request.send_token_ids,
-           .echo = request.echo};
-  metadata_ = request.metadata;
-}
-
-void GenerationCall::Submitting(RequestId id) {
-  absl::MutexLock lock(&mutex_);
-  id_ = id;
-}
-
-void GenerationCall::Submitted(RequestId id) {
-  if (ended()) host_->CancelRequest(id);
-}
-
-void GenerationCall::Refuse(const absl::Status& status) {
-  host_->observer().OnRejected(ErrorReason(status));
+void RpcCall::Refuse(const absl::Status& status) {
+  host().observer().OnRejected(ErrorReason(status));
   Abort(status);
 }
 
-void GenerationCall::Abort(const absl::Status& status) {
-  RequestId id;
-  {
-    absl::MutexLock lock(&mutex_);
-    if (end_) return;
-    end_ = status;
-    id = id_;
-  }
-  if (id != 0) host_->CancelRequest(id);
-  Close(status);
-}
-
-void GenerationCall::OnFailed(const absl::Status& status) {
-  {
-    absl::MutexLock lock(&mutex_);
-    if (end_) return;
-    end_ = status;
-  }
-  Close(status);
-}
-
-void GenerationCall::Cancelled() {
+void RpcCall::Cancelled() {
   // gRPC says only that it is over. An expired deadline is the one reason that we can tell; the
   // client's own clock sees it first, as what is sent of it is rounded up.
   if (absl::Now() + kDeadlineRounding >= deadline_) {
@@ -135,14 +48,7 @@ void GenerationCall::Cancelled() {
   }
 }
 
-bool GenerationCall::End(const Answer& answer) {
-  if (end_) return false;
-  end_ = absl::OkStatus();
-  finish_reason_ = answer.finish_reason() == FinishReason::kStop ? "stop" : "length";
-  return true;
-}
-
-void GenerationCall::Done() {
+void RpcCall::Done() {
   RequestRecord record;
   {
     absl::MutexLock lock(&mutex_);
@@ -150,29 +56,29 @@ void GenerationCall::Done() {
     // The answer was complete, but the client went before it had all of it.
     const bool lost = end_->ok() && context_->IsCancelled();
     record = {.method = method_,
-              .request_id = head_.request_id,
-              .metadata = std::move(metadata_),
+              .request_id = head().request_id,
+              .metadata = TakeMetadata(),
               .code = lost ? absl::StatusCode::kCancelled : end_->code(),
               .reason = lost ? "CANCELLED" : ErrorReason(*end_),
               .finish_reason = finish_reason_,
-              .prompt_tokens = head_.prompt_tokens,
+              .prompt_tokens = head().prompt_tokens,
               .cached_tokens = progress_.cached_tokens,
               .completion_tokens = progress_.completion_tokens,
               .reasoning_tokens = progress_.reasoning_tokens,
-              .total = absl::Now() - arrival_,
+              .total = absl::Now() - arrival(),
               .queue = std::nullopt,
               .time_to_first_token = std::nullopt,
               .decode = std::nullopt};
-    if (progress_.started != absl::InfiniteFuture()) record.queue = progress_.started - arrival_;
+    if (progress_.started != absl::InfiniteFuture()) record.queue = progress_.started - arrival();
     if (progress_.completion_tokens > 0) {
-      record.time_to_first_token = progress_.first_token - arrival_;
+      record.time_to_first_token = progress_.first_token - arrival();
     }
     if (progress_.completion_tokens > 1) {
       record.decode = progress_.last_token - progress_.first_token;
     }
   }
-  host_->observer().OnFinished(record);
-  host_->OnCallDone(this);
+  host().observer().OnFinished(record);
+  host().OnCallDone(this);
 }
 
 // ---- StreamCall
@@ -294,47 +200,7 @@ void StreamCall::Close(const absl::Status&) { Advance(); }
 // -----------------------------------------------------------------------------------
 
 template <typename Response>
-void UnaryCall<Response>::OnStarted(const AnswerProgress& progress) {
-  absl::MutexLock lock(&mutex_);
-  progress_ = progress;
-  choice_.mutable_message()->set_role(v1::ROLE_ASSISTANT);
-  if (!head().echo.empty()) choice_.mutable_message()->set_content(head().echo);
-}
-
-template <typename Response>
-void UnaryCall<Response>::Add(TokenId token, const AnswerPiece& piece) {
-  v1::Message* message = choice_.mutable_message();
-  if (!piece.reasoning.empty()) message->mutable_reasoning()->append(piece.reasoning);
-  if (!piece.content.empty()) message->mutable_content()->append(piece.content);
-  if (head().send_token_ids) choice_.add_token_ids(token);
-}
-
-template <typename Response>
-void UnaryCall<Response>::OnPiece(TokenId token, AnswerPiece piece,
-                                  const AnswerProgress& progress) {
-  Add(token, piece);
-  absl::MutexLock lock(&mutex_);
-  progress_ = progress;
-}
-
-template <typename Response>
-void UnaryCall<Response>::OnFinished(TokenId token, AnswerPiece piece,
-                                     const AnswerProgress& progress, const Answer& answer) {
-  Add(token, piece);
-  {
-    absl::MutexLock lock(&mutex_);
-    if (!End(answer)) return;
-    progress_ = progress;
-  }
-  v1::Message* message = choice_.mutable_message();
-  if (!message->has_reasoning()) message->mutable_content();  // an empty answer is one
-  FillFinish(answer, &choice_);
-  Response response;
-  response.set_request_id(head().request_id);
-  response.set_model(head().model);
-  *response.add_choices() = std::move(choice_);
-  FillUsage(head().prompt_tokens, arrival(), progress, response.mutable_usage());
-  response.set_seed(head().seed);
+void UnaryCall<Response>::Respond(Response response) {
   *response_ = Encode(response);
   Finish(grpc::Status::OK);
 }
