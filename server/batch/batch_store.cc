@@ -126,6 +126,7 @@ absl::StatusOr<std::unique_ptr<BatchStore>> BatchStore::Open(Options options) {
   RETURN_IF_ERROR(impl->readers.Open(file.string(), options.vfs));
   impl->writer = std::make_unique<StoreWriter>(
       std::move(db), StoreWriter::Options{.on_change = std::move(options.on_change),
+                                          .on_commit = std::move(options.on_commit),
                                           .now = std::move(options.now)});
   return std::unique_ptr<BatchStore>(new BatchStore(std::move(impl)));
 }
@@ -159,6 +160,7 @@ absl::StatusOr<StoreStats> BatchStore::Stats() const {
   }
   const StoreWriter::Counters counters = impl_->writer->counters();
   std::copy(std::begin(counters.items_ended), std::end(counters.items_ended), stats.items_ended);
+  stats.failed = counters.failed;
   stats.num_commits = counters.num_commits;
   stats.commit_time = counters.commit_time;
   stats.recoveries = impl_->recoveries;

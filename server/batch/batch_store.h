@@ -75,6 +75,7 @@ struct StoreStats {
   absl::Time earliest_expiry = absl::InfiniteFuture();  // of jobs that have not ended
   int64_t recoveries = 0;                               // jobs that this start found under way
   int64_t bytes = 0;                                    // the files
+  bool failed = false;                                  // nothing more is written
   int64_t num_commits = 0;
   absl::Duration commit_time;  // over all commits
 };
@@ -97,6 +98,8 @@ class BatchStore {
     std::string vfs = "";             // SQLite's; empty: its default. For tests that inject faults
     // Called by the writing thread after a commit, with the jobs that it changed; must not block.
     std::function<void(const std::vector<JobId>&)> on_change = nullptr;
+    // Called by the writing thread after each commit, with how long it took; must not block.
+    std::function<void(absl::Duration)> on_commit = nullptr;
     std::function<absl::Time()> now = absl::Now;
   };
   using Done = std::function<void(const absl::Status&)>;

@@ -80,7 +80,9 @@ void StoreWriter::Loop() {
       const absl::Time begin = absl::Now();
       status = Write(&group, &transaction);
       if (status.ok()) {
-        CountCommit(transaction, absl::Now() - begin);
+        const absl::Duration time = absl::Now() - begin;
+        CountCommit(transaction, time);
+        if (options_.on_commit) options_.on_commit(time);
       } else {
         Fail(status);
         status = failure_;
@@ -149,6 +151,10 @@ void StoreWriter::CountCommit(const StoreTransaction& transaction, absl::Duratio
 void StoreWriter::Fail(const absl::Status& why) {
   failure_ =
       IsStoreFailure(why) ? why : SqliteError(nullptr, SQLITE_IOERR, std::string(why.message()));
+  {
+    absl::MutexLock lock(&mutex_);
+    counters_.failed = true;
+  }
   db_->Run("ROLLBACK").IgnoreError();  // SQLite may have done so
   db_->KeepJournalOnClose();           // that would be another try
   LogEvent(spdlog::level::err, "the store of batch jobs failed; it takes nothing more",

@@ -39,10 +39,12 @@ class StoreWriter {
 
   struct Options {
     std::function<void(const std::vector<JobId>&)> on_change;  // may be empty
+    std::function<void(absl::Duration)> on_commit;             // likewise
     std::function<absl::Time()> now;
   };
   struct Counters {
     int64_t items_ended[4] = {};
+    bool failed = false;
     int64_t num_commits = 0;
     absl::Duration commit_time;
   };
