@@ -1,3 +1,5 @@
+#include <unistd.h>
+
 #include <filesystem>
 #include <iostream>
 #include <memory>
@@ -14,6 +16,7 @@
 #include "server/bench/cluster_bench.h"
 #include "server/bench/engine_bench.h"
 #include "server/check.h"
+#include "server/client/batch.h"
 #include "server/client/bench.h"
 #include "server/client/chat.h"
 #include "server/cluster/node_process.h"
@@ -278,6 +281,12 @@ int Main(int argc, char** argv) {
   RegisterNodeCommand(app, &exit_code);
   RegisterRankCommand(app, &exit_code);
   RegisterChatCommand(app, &exit_code);
+  RegisterBatchCommand(app,
+                       {.in_fd = STDIN_FILENO,
+                        .err_is_terminal = isatty(STDERR_FILENO) != 0,
+                        .out = std::cout,
+                        .err = std::cerr},
+                       &exit_code);
   RegisterBenchCommand(app, &exit_code);
   RegisterBenchEngineCommand(*app.get_subcommand("bench"), &exit_code);
   RegisterBenchClusterCommand(*app.get_subcommand("bench"), &exit_code);

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <ostream>
-#include <vector>
 
 #include "CLI/CLI.hpp"
 #include "absl/strings/str_cat.h"
@@ -97,6 +96,16 @@ std::string DescribeError(const grpc::Status& status) {
     absl::StrAppend(&text, " (try again in ", absl::FormatDuration(*delay), ")");
   }
   return OneLine(text);
+}
+
+std::vector<std::pair<std::string, std::string>> FieldViolations(const grpc::Status& status) {
+  std::vector<std::pair<std::string, std::string>> violations;
+  if (const auto bad = FindDetail<google::rpc::BadRequest>(status)) {
+    for (const auto& violation : bad->field_violations()) {
+      violations.emplace_back(violation.field(), violation.description());
+    }
+  }
+  return violations;
 }
 
 std::optional<absl::Duration> RetryDelay(const grpc::Status& status) {

@@ -7,6 +7,8 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
@@ -47,6 +49,9 @@ std::string DescribeError(const grpc::Status& status);
 
 // The canonical code in capitals: "UNAVAILABLE"; "CODE_99" for an unknown one.
 std::string CodeName(grpc::StatusCode code);
+
+// The fields that the server's google.rpc.BadRequest names, each with what is wrong.
+std::vector<std::pair<std::string, std::string>> FieldViolations(const grpc::Status& status);
 
 // What the server's google.rpc.RetryInfo says, if it sent one.
 std::optional<absl::Duration> RetryDelay(const grpc::Status& status);

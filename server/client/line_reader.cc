@@ -73,4 +73,19 @@ absl::StatusOr<std::string> ReadAll(int fd, size_t max_bytes, const Interrupts& 
   }
 }
 
+absl::Status CopyAll(int fd, std::FILE* file, const Interrupts& interrupts) {
+  std::string bytes;
+  while (true) {
+    bytes.clear();
+    ASSIGN_OR_RETURN(const size_t size, ReadSome(fd, interrupts, &bytes));
+    const bool at_end = size == 0;
+    const bool written =
+        std::fwrite(bytes.data(), 1, size, file) == size && (!at_end || std::fflush(file) == 0);
+    if (!written) {
+      return absl::DataLossError(absl::StrCat("cannot keep the input: ", std::strerror(errno)));
+    }
+    if (at_end) return absl::OkStatus();
+  }
+}
+
 }  // namespace latentd

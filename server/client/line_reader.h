@@ -1,6 +1,7 @@
 #ifndef LATENTD_SERVER_CLIENT_LINE_READER_H_
 #define LATENTD_SERVER_CLIENT_LINE_READER_H_
 
+#include <cstdio>
 #include <string>
 
 #include "absl/status/statusor.h"
@@ -30,6 +31,9 @@ class LineReader {
 
 // All of `fd` to its end. Refuses more than `max_bytes`; CANCELLED on Ctrl-C.
 absl::StatusOr<std::string> ReadAll(int fd, size_t max_bytes, const Interrupts& interrupts);
+
+// All of `fd` into `file`; CANCELLED on Ctrl-C, DATA_LOSS when it cannot be read or written.
+absl::Status CopyAll(int fd, std::FILE* file, const Interrupts& interrupts);
 
 }  // namespace latentd
 
