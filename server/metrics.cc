@@ -4,9 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cmath>
 #include <fstream>
-#include <limits>
 #include <optional>
 #include <utility>
 
@@ -17,7 +15,7 @@
 namespace latentd {
 namespace {
 
-using Labels = std::vector<std::pair<std::string_view, std::string>>;
+using Labels = MetricLabels;
 
 // Series that exist from the start, so that a rate over them sees the first increment.
 constexpr absl::StatusCode kExpectedCodes[] = {
@@ -43,73 +41,6 @@ constexpr double kStepSequences[] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024
 constexpr double kRequestTokens[] = {1,    2,    5,    10,    20,    50,    100,    200,   500,
                                      1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000};
 
-// Integers as such, the rest as short as it can be read back.
-std::string NumberText(double value) {
-  if (std::isinf(value)) return value > 0 ? "+Inf" : "-Inf";
-  return std::abs(value) < 1e15 && value == std::floor(value) ? fmt::format("{:.0f}", value)
-                                                              : fmt::format("{}", value);
-}
-
-// Writes families in Prometheus' text format; every series has the label `model`.
-class Writer {
- public:
-  explicit Writer(std::string_view model) { Append("model", model, &base_); }
-
-  // Begins a family; its series follow.
-  Writer& Family(std::string_view name, std::string_view help, std::string_view type) {
-    name_ = name;
-    text_ += fmt::format("# HELP {} {}\n# TYPE {} {}\n", name, help, name, type);
-    return *this;
-  }
-  Writer& Value(double value, const Labels& labels = {}) { return Line("", value, labels); }
-  void Gauge(std::string_view name, std::string_view help, double value) {
-    Family(name, help, "gauge").Value(value);
-  }
-  void Counter(std::string_view name, std::string_view help, double value) {
-    Family(name, help, "counter").Value(value);
-  }
-  // One histogram of the family.
-  Writer& Buckets(const Histogram& histogram, const Labels& labels = {}) {
-    const Histogram::Snapshot snapshot = histogram.Collect();
-    Labels bucket = labels;
-    bucket.emplace_back("le", "");
-    for (size_t i = 0; i < snapshot.bounds.size(); ++i) {
-      bucket.back().second = NumberText(snapshot.bounds[i]);
-      Line("_bucket", static_cast<double>(snapshot.cumulative[i]), bucket);
-    }
-    Line("_sum", snapshot.sum, labels);
-    return Line("_count", static_cast<double>(snapshot.cumulative.back()), labels);
-  }
-  void Distribution(std::string_view name, std::string_view help, const Histogram& histogram) {
-    Family(name, help, "histogram").Buckets(histogram);
-  }
-  std::string Take() { return std::move(text_); }
-
- private:
-  static void Append(std::string_view name, std::string_view value, std::string* labels) {
-    *labels += fmt::format("{}{}=\"", labels->empty() ? "" : ",", name);
-    for (const char c : value) {
-      if (c == '\n') {
-        *labels += "\\n";
-        continue;
-      }
-      if (c == '\\' || c == '"') *labels += '\\';
-      *labels += c;
-    }
-    *labels += '"';
-  }
-  Writer& Line(std::string_view suffix, double value, const Labels& labels) {
-    std::string all = base_;
-    for (const auto& [name, label_value] : labels) Append(name, label_value, &all);
-    text_ += fmt::format("{}{}{{{}}} {}\n", name_, suffix, all, NumberText(value));
-    return *this;
-  }
-
-  std::string base_;
-  std::string name_;
-  std::string text_;
-};
-
 template <size_t N>
 int IndexOf(const std::array<std::string_view, N>& names, std::string_view name) {
   const auto found = std::find(names.begin(), names.end(), name);
@@ -117,7 +48,7 @@ int IndexOf(const std::array<std::string_view, N>& names, std::string_view name)
 }
 
 // The names and meanings that every Prometheus client library gives to these.
-void CollectProcess(absl::Time start, Writer* out) {
+void CollectProcess(absl::Time start, MetricsWriter* out) {
   rusage usage = {};
   getrusage(RUSAGE_SELF, &usage);
   const auto seconds = [](const timeval& time) { return time.tv_sec + time.tv_usec * 1e-6; };
@@ -132,7 +63,7 @@ void CollectProcess(absl::Time start, Writer* out) {
              absl::ToDoubleSeconds(start - absl::UnixEpoch()));
 }
 
-void CollectCluster(const ClusterStats& stats, Writer* out) {
+void CollectCluster(const ClusterStats& stats, MetricsWriter* out) {
   out->Gauge("latentd_group_epoch", "Which forming of the group of ranks the latest one is.",
              stats.epoch);
   out->Gauge("latentd_group_formed", "1 while the group is whole.", stats.formed);
@@ -170,28 +101,6 @@ void CollectCluster(const ClusterStats& stats, Writer* out) {
 }
 
 }  // namespace
-
-Histogram::Histogram(absl::Span<const double> bounds)
-    : bounds_(bounds.begin(), bounds.end()),
-      counts_(new std::atomic<int64_t>[bounds_.size() + 1]()) {}
-
-void Histogram::Observe(double value, int64_t count) {
-  const size_t bucket = std::lower_bound(bounds_.begin(), bounds_.end(), value) - bounds_.begin();
-  counts_[bucket].fetch_add(count, std::memory_order_relaxed);
-  sum_.fetch_add(value * static_cast<double>(count), std::memory_order_relaxed);
-}
-
-Histogram::Snapshot Histogram::Collect() const {
-  Snapshot snapshot{.bounds = bounds_, .cumulative = {}, .sum = 0};
-  snapshot.bounds.push_back(std::numeric_limits<double>::infinity());
-  int64_t cumulative = 0;
-  for (size_t i = 0; i <= bounds_.size(); ++i) {
-    cumulative += counts_[i].load(std::memory_order_relaxed);
-    snapshot.cumulative.push_back(cumulative);
-  }
-  snapshot.sum = sum_.load(std::memory_order_relaxed);
-  return snapshot;
-}
 
 Metrics::Metrics(std::string model)
     : model_(std::move(model)),
@@ -239,6 +148,11 @@ void Metrics::SetEngine(const EngineInfo& info, std::string engine, bool prefix_
 void Metrics::SetCluster(std::function<ClusterStats()> stats) {
   absl::MutexLock lock(&mutex_);
   cluster_stats_ = std::move(stats);
+}
+
+void Metrics::SetBatch(std::function<void(MetricsWriter*)> write) {
+  absl::MutexLock lock(&mutex_);
+  write_batch_ = std::move(write);
 }
 
 void Metrics::OnStep(const StepReport& report) {
@@ -289,7 +203,7 @@ void Metrics::OnTokens(absl::Duration since_last, int64_t count) {
 }
 
 std::string Metrics::Text() const {
-  Writer out(model_);
+  MetricsWriter out(model_);
   const ServerState state = state_;
 
   out.Family("latentd_build_info", "Constant 1; the labels say what is running.", "gauge")
@@ -378,6 +292,7 @@ std::string Metrics::Text() const {
     for (const auto& [reason, count] : rejections_) {
       out.Value(static_cast<double>(count), {{"reason", reason}});
     }
+    if (write_batch_) write_batch_(&out);
   }
   out.Counter("latentd_client_cancelled_total", "Calls whose client went away or cancelled.",
               client_cancelled_);

@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <functional>
 #include <map>
-#include <memory>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -14,9 +13,10 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
-#include "absl/types/span.h"
 #include "scheduler/engine_core.h"
 #include "server/cluster/cluster_stats.h"
+#include "server/histogram.h"
+#include "server/metrics_writer.h"
 #include "server/request_observer.h"
 
 namespace latentd {
@@ -25,27 +25,6 @@ namespace latentd {
 enum class ServerState { kStarting, kLoading, kWarming, kServing, kDraining, kStopped };
 inline constexpr std::array<std::string_view, 6> kServerStateNames = {
     "starting", "loading", "warming", "serving", "draining", "stopped"};
-
-// A histogram that costs an observer two atomic additions: the core thread takes no lock.
-class Histogram {
- public:
-  // `bounds`: inclusive upper bounds of the buckets, ascending; one without a bound is added.
-  explicit Histogram(absl::Span<const double> bounds);
-
-  void Observe(double value, int64_t count = 1);
-
-  struct Snapshot {
-    std::vector<double> bounds;       // the last is infinite
-    std::vector<int64_t> cumulative;  // [bounds]; observations not above each bound
-    double sum = 0;
-  };
-  Snapshot Collect() const;
-
- private:
-  const std::vector<double> bounds_;
-  const std::unique_ptr<std::atomic<int64_t>[]> counts_;  // [bounds + 1]
-  std::atomic<double> sum_{0};
-};
 
 // Every metric of the daemon. Observers only count; names, help and series are written in Text(),
 // on the thread that scrapes. Any thread may call anything.
@@ -74,6 +53,10 @@ class Metrics final : public RequestObserver {
   // The same of a group of ranks.
   void SetCluster(std::function<ClusterStats()> stats);
   void SetEngineReady(bool ready) { engine_ready_ = ready; }
+
+  // What batch jobs have to say; written at each scrape, so it must not block, and must stay valid
+  // until it is replaced.
+  void SetBatch(std::function<void(MetricsWriter*)> write);
 
   // EngineCore::Callbacks::on_step.
   void OnStep(const StepReport& report);
@@ -127,6 +110,7 @@ class Metrics final : public RequestObserver {
   std::map<std::string, std::string> engine_labels_ ABSL_GUARDED_BY(mutex_);
   std::function<CoreStats()> core_stats_ ABSL_GUARDED_BY(mutex_);
   std::function<ClusterStats()> cluster_stats_ ABSL_GUARDED_BY(mutex_);
+  std::function<void(MetricsWriter*)> write_batch_ ABSL_GUARDED_BY(mutex_);
 };
 
 }  // namespace latentd

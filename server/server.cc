@@ -46,6 +46,20 @@ void SetChannelArguments(const ServeConfig& config, grpc::ServerBuilder* builder
   }
 }
 
+BatchJobs::Options BatchOptions(const ServeConfig& config) {
+  BatchJobs::Options options;
+  options.directory = config.batch_dir;
+  options.service.limits = {.max_item_bytes = config.batch_max_item_bytes,
+                            .max_job_items = config.batch_max_job_items,
+                            .max_jobs = config.batch_max_jobs,
+                            .max_items = config.batch_max_items,
+                            .result_ttl = config.batch_result_ttl,
+                            .allow_request_chat_template = config.allow_request_chat_template};
+  options.runner.max_running = static_cast<int32_t>(config.batch_max_running);
+  options.runner.upload_ttl = config.batch_upload_ttl;
+  return options;
+}
+
 double ToMilliseconds(absl::Duration duration) { return absl::ToDoubleMilliseconds(duration); }
 
 }  // namespace
@@ -170,7 +184,8 @@ Server::Server(const ServeConfig& config, ModelPath model, Loader loader)
 Server::~Server() {
   Stop(absl::ZeroDuration());
   if (loader_.joinable()) loader_.join();
-  if (core_) core_->Stop();  // its events go to the service, which is destroyed first
+  if (batch_) batch_->StopRunning();  // while the core still ends what it cancels
+  if (core_) core_->Stop();           // its events go to the service, which is destroyed first
 }
 
 absl::StatusOr<std::unique_ptr<Server>> Server::Start(const ServeConfig& config, ModelPath model,
@@ -178,6 +193,9 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const ServeConfig& config,
                                                       Loader loader) {
   auto server = std::unique_ptr<Server>(new Server(config, std::move(model), std::move(loader)));
   server->on_change_ = std::move(on_change);
+  ASSIGN_OR_RETURN(server->batch_, BatchJobs::Open(BatchOptions(config)));
+  server->metrics_.SetBatch(
+      [batch = server->batch_.get()](MetricsWriter* out) { batch->WriteMetrics(out); });
   RETURN_IF_ERROR(server->Listen());
   server->SetState(ServerState::kLoading);
   server->load_moved_ns_ = absl::GetCurrentTimeNanos();
@@ -205,6 +223,7 @@ absl::Status Server::Listen() {
   SetChannelArguments(config_, &builder);
   builder.AddListeningPort(config_.listen, grpc::InsecureServerCredentials(), &grpc_port_);
   builder.RegisterService(service_.grpc_service());
+  builder.RegisterService(batch_->grpc_service());
   builder.RegisterService(&health_);
   grpc_ = builder.BuildAndStart();
   if (grpc_ == nullptr || grpc_port_ == 0) {
@@ -295,6 +314,7 @@ void Server::OnLost(const absl::Status& why) {
     UpdateHealth();
   }
   service_.StartDrain();
+  batch_->StartDrain();
   service_.AbortAll(*lost());
   if (on_change_) on_change_();
 }
@@ -332,7 +352,8 @@ absl::Status Server::LoadAndServe() {
   running_core_ = core_.get();
   metrics_.SetEngine(engine_->info(), std::string(EngineName(loaded.engine_kind)),
                      config_.prefix_caching, [core = core_.get()] { return core->stats(); });
-  service_.SetServing(std::move(loaded.served), core_.get());
+  service_.SetServing(loaded.served, core_.get());
+  batch_->Serve(std::move(loaded.served), service_.local_caller());
   SetState(ServerState::kServing);
   return absl::OkStatus();
 }
@@ -361,6 +382,7 @@ void Server::UpdateHealth() {
 void Server::StartDrain() {
   SetState(ServerState::kDraining);
   service_.StartDrain();
+  batch_->StartDrain();
 }
 
 void Server::Stop(absl::Duration grace) {
@@ -368,6 +390,8 @@ void Server::Stop(absl::Duration grace) {
   SetState(ServerState::kStopped);
   if (grpc_ != nullptr) {
     health_.EndWatches();
+    batch_->AbortStreams(
+        MakeError(absl::StatusCode::kUnavailable, "DRAINING", "the server is shutting down"));
     grpc_->Shutdown(absl::ToChronoTime(absl::Now() + grace));
     grpc_.reset();
   }

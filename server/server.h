@@ -16,6 +16,7 @@
 #include "absl/time/time.h"
 #include "grpcpp/server.h"
 #include "scheduler/engine_core.h"
+#include "server/batch/batch_jobs.h"
 #include "server/config.h"
 #include "server/health.h"
 #include "server/http.h"
@@ -37,8 +38,9 @@ class Server {
   using Loader = std::function<absl::StatusOr<LoadedModel>(const ServeConfig&, const ModelPath&,
                                                            LoadListener*)>;
 
-  // Opens the ports and begins to load. `on_change` is called when load_status() has its value, and
-  // when lost() has one, by threads of the server. An error names the address.
+  // Opens the store of batch jobs and the ports, and begins to load. `on_change` is called when
+  // load_status() has its value, and when lost() has one, by threads of the server. An error names
+  // the directory or the address.
   static absl::StatusOr<std::unique_ptr<Server>> Start(const ServeConfig& config, ModelPath model,
                                                        std::function<void()> on_change,
                                                        Loader loader = LoadModel);
@@ -57,7 +59,8 @@ class Server {
   // is lost.
   bool alive() const { return health_.alive(); }
 
-  // From now on readiness is NOT_SERVING and new calls are UNAVAILABLE; running calls go on.
+  // From now on readiness is NOT_SERVING and new calls are UNAVAILABLE; running calls go on. Items
+  // of batch jobs do not: they are in the store.
   void StartDrain();
   // Generating calls that still run.
   int num_active() const { return service_.num_active(); }
@@ -99,6 +102,7 @@ class Server {
   std::unique_ptr<Engine> engine_;
   std::unique_ptr<EngineCore> core_;  // outlives the service, whose last calls may cancel in it
   InferenceService service_;
+  std::unique_ptr<BatchJobs> batch_;  // its items are calls of the service
   HealthService health_;
   std::atomic<EngineCore*> running_core_{nullptr};  // for the watchdog
   std::unique_ptr<Watchdog> watchdog_;
