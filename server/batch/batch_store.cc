@@ -49,8 +49,8 @@ absl::Status MakeDirectory(const fs::path& directory) {
   return SyncDirectory(parent);
 }
 
-// After a crash, and after another process's failed fsync, the journal may be read from memory and
-// be on no disk. Moved into the database, and that synced, all that anyone can see is durable.
+// What a crash or a failed store left in the journal, moved into the database: all that anyone can
+// see from here on is durable.
 absl::Status MoveJournal(SqliteConnection* db) {
   const int code =
       sqlite3_wal_checkpoint_v2(db->get(), nullptr, SQLITE_CHECKPOINT_TRUNCATE, nullptr, nullptr);
@@ -59,6 +59,7 @@ absl::Status MoveJournal(SqliteConnection* db) {
 
 absl::StatusOr<std::unique_ptr<SqliteConnection>> OpenWriter(const fs::path& file,
                                                              const std::string& vfs) {
+  RETURN_IF_ERROR(RewriteFile(file.string() + "-wal", vfs));
   ASSIGN_OR_RETURN(std::unique_ptr<SqliteConnection> db,
                    SqliteConnection::Open(file.string(), vfs, SqliteConnection::Mode::kWrite));
   RETURN_IF_ERROR(CheckBatchSchema(db.get()));
@@ -127,7 +128,8 @@ absl::StatusOr<std::unique_ptr<BatchStore>> BatchStore::Open(Options options) {
   impl->writer = std::make_unique<StoreWriter>(
       std::move(db), StoreWriter::Options{.on_change = std::move(options.on_change),
                                           .on_commit = std::move(options.on_commit),
-                                          .now = std::move(options.now)});
+                                          .now = std::move(options.now),
+                                          .checkpoint_pages = options.checkpoint_pages});
   return std::unique_ptr<BatchStore>(new BatchStore(std::move(impl)));
 }
 

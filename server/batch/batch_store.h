@@ -101,6 +101,8 @@ class BatchStore {
     // Called by the writing thread after each commit, with how long it took; must not block.
     std::function<void(absl::Duration)> on_commit = nullptr;
     std::function<absl::Time()> now = absl::Now;
+    // Pages of 4 KiB in the journal after which they are moved into the database.
+    int checkpoint_pages = 4096;
   };
   using Done = std::function<void(const absl::Status&)>;
 

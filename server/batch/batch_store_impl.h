@@ -36,6 +36,11 @@ class BatchStore::Impl {
  public:
   Impl(DirectoryLock lock, std::filesystem::path file, int64_t recoveries)
       : lock(std::move(lock)), file(std::move(file)), recoveries(recoveries) {}
+  // The readers close before the writer, which then moves the journal into the database; what is
+  // still to be written, and who is told of it, may read.
+  ~Impl() {
+    if (writer != nullptr) writer->Finish();
+  }
 
   // Has the writer call `write(transaction)`, and gives what it returned once that is committed.
   template <typename T, typename Operation>
@@ -53,8 +58,8 @@ class BatchStore::Impl {
   const DirectoryLock lock;
   const std::filesystem::path file;
   const int64_t recoveries;
+  std::unique_ptr<StoreWriter> writer;
   mutable ReadPool readers;
-  std::unique_ptr<StoreWriter> writer;  // ends first
 };
 
 google::protobuf::Timestamp ToTimestamp(absl::Time time);

@@ -64,7 +64,10 @@ absl::Status Start(StoreTransaction* transaction, const std::vector<ItemStart>& 
 }
 
 absl::Status Return(StoreTransaction* transaction, const std::vector<ItemStart>& starts) {
+  Rows rows(transaction);
   for (const ItemStart& start : starts) {
+    ASSIGN_OR_RETURN(const JobRow* const row, rows.Of(start.job, start.index));
+    if (row == nullptr) continue;
     RETURN_IF_ERROR(transaction->db->Run(
         "UPDATE progress SET attempts = attempts - 1 WHERE id = ? AND attempts > 0 AND state = 0",
         RowOf(start.job, start.index)));

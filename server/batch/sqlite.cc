@@ -1,6 +1,8 @@
 #include "server/batch/sqlite.h"
 
+#include <algorithm>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "engine/status.h"
@@ -12,6 +14,7 @@ namespace {
 constexpr std::string_view kStoreFailed = "STORE_FAILED";
 // Only a program beside this one, such as an administrator's shell, makes a connection wait.
 constexpr int kBusyTimeoutMs = 10'000;
+constexpr size_t kMaxDoingBytes = 100;  // of a statement in an error
 
 bool IsOurMistake(int code) {
   switch (code & 0xFF) {
@@ -31,8 +34,8 @@ bool IsOurMistake(int code) {
 
 absl::Status SqliteError(sqlite3* db, int code, std::string_view doing) {
   const std::string what =
-      absl::StrCat(std::string(doing), ": ",
-                   db != nullptr ? sqlite3_errmsg(db) : sqlite3_errstr(code), " (", code, ")");
+      absl::StrCat(db != nullptr ? sqlite3_errmsg(db) : sqlite3_errstr(code), " (", code,
+                   "): ", std::string(doing.substr(0, kMaxDoingBytes)));
   if (IsOurMistake(code)) return absl::InternalError(what);
   return MakeError(absl::StatusCode::kUnavailable, std::string(kStoreFailed),
                    absl::StrCat("the store of batch jobs failed: ", what));
@@ -40,6 +43,36 @@ absl::Status SqliteError(sqlite3* db, int code, std::string_view doing) {
 
 bool IsStoreFailure(const absl::Status& status) {
   return absl::IsUnavailable(status) && ErrorReason(status) == kStoreFailed;
+}
+
+// Through SQLite's file system, that what stands in for it in tests sees it too.
+absl::Status RewriteFile(const std::string& file, const std::string& vfs_name) {
+  sqlite3_vfs* const vfs = sqlite3_vfs_find(vfs_name.empty() ? nullptr : vfs_name.c_str());
+  if (vfs == nullptr) return SqliteError(nullptr, SQLITE_CANTOPEN, "find the file system");
+  int exists = 0;
+  int code = vfs->xAccess(vfs, file.c_str(), SQLITE_ACCESS_EXISTS, &exists);
+  if (code != SQLITE_OK) return SqliteError(nullptr, code, absl::StrCat("look for ", file));
+  if (exists == 0) return absl::OkStatus();
+  std::string name = file;
+  name.append(4, '\0');  // SQLite looks for parameters behind a name
+  std::vector<sqlite3_int64> memory(static_cast<size_t>(vfs->szOsFile) / sizeof(sqlite3_int64) + 1);
+  auto* const opened = reinterpret_cast<sqlite3_file*>(memory.data());
+  code = vfs->xOpen(vfs, name.c_str(), opened, SQLITE_OPEN_READWRITE | SQLITE_OPEN_WAL, nullptr);
+  if (code != SQLITE_OK) return SqliteError(nullptr, code, absl::StrCat("open ", file));
+  const sqlite3_io_methods& io = *opened->pMethods;
+  sqlite3_int64 size = 0;
+  code = io.xFileSize(opened, &size);
+  std::vector<char> bytes(size_t{1} << 16);
+  for (sqlite3_int64 at = 0; code == SQLITE_OK && at < size;) {
+    const int count = static_cast<int>(std::min<sqlite3_int64>(size - at, std::ssize(bytes)));
+    code = io.xRead(opened, bytes.data(), count, at);
+    if (code == SQLITE_OK) code = io.xWrite(opened, bytes.data(), count, at);
+    at += count;
+  }
+  if (code == SQLITE_OK) code = io.xSync(opened, SQLITE_SYNC_FULL);
+  io.xClose(opened);
+  return code == SQLITE_OK ? absl::OkStatus()
+                           : SqliteError(nullptr, code, absl::StrCat("rewrite ", file));
 }
 
 // ---- SqliteQuery -----------------------------------------------------------------------------
@@ -109,6 +142,7 @@ absl::StatusOr<std::unique_ptr<SqliteConnection>> SqliteConnection::Open(const s
   std::unique_ptr<SqliteConnection> connection(new SqliteConnection(db));
   if (code != SQLITE_OK) return SqliteError(db, code, absl::StrCat("open ", file));
   sqlite3_busy_timeout(db, kBusyTimeoutMs);
+  connection->MoveJournalOnClose(false);
   return connection;
 }
 
@@ -129,8 +163,8 @@ absl::StatusOr<int64_t> SqliteConnection::Number(std::string_view sql) {
   return query.Int(0);
 }
 
-void SqliteConnection::KeepJournalOnClose() {
-  sqlite3_db_config(db_, SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1, nullptr);
+void SqliteConnection::MoveJournalOnClose(bool move) {
+  sqlite3_db_config(db_, SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, move ? 0 : 1, nullptr);
 }
 
 SqliteQuery SqliteConnection::Prepare(std::string_view sql) {

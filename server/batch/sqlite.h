@@ -19,6 +19,11 @@ namespace latentd {
 absl::Status SqliteError(sqlite3* db, int code, std::string_view doing);
 bool IsStoreFailure(const absl::Status& status);
 
+// Writes a file's bytes once more and syncs it: then what can be read of it is on the disk, even
+// when an earlier sync failed, after which the system counts pages as written that are not. No-op
+// when there is no such file. No connection may be open.
+absl::Status RewriteFile(const std::string& file, const std::string& vfs);
+
 // One run of a prepared statement, from its first Step() to its end; makes it ready for the next
 // run when it goes. Move-only; not longer than its connection, and one at a time of each statement.
 //
@@ -101,8 +106,9 @@ class SqliteConnection {
   // The one number that a query gives.
   absl::StatusOr<int64_t> Number(std::string_view sql);
 
-  // That the last connection does not move the journal into the database when it closes.
-  void KeepJournalOnClose();
+  // Whether the last connection moves the journal into the database when it closes; else, and by
+  // default, it stays for the next.
+  void MoveJournalOnClose(bool move);
   sqlite3* get() { return db_; }
 
  private:

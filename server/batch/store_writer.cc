@@ -16,11 +16,9 @@ namespace {
 constexpr size_t kMaxGroupBytes = size_t{8} << 20;
 constexpr size_t kMaxGroupSize = 4096;
 
-// Pages of the journal (4 KiB each) after which they are moved into the database.
-constexpr int kCheckpointPages = 4096;
-// When readers were in the way for so long, the next checkpoint waits for them, so that the journal
-// can begin anew instead of growing on.
-constexpr int kMaxJournalPages = 8 * kCheckpointPages;
+// When readers were in the way for so many checkpoints, the next waits for them, so that the
+// journal can begin anew instead of growing on.
+constexpr int kMaxCheckpoints = 8;
 
 }  // namespace
 
@@ -33,15 +31,18 @@ StoreWriter::StoreWriter(std::unique_ptr<SqliteConnection> db, Options options)
         return SQLITE_OK;
       },
       this);
+  db_->MoveJournalOnClose(true);
   thread_ = std::thread([this] { Loop(); });
 }
 
-StoreWriter::~StoreWriter() {
+StoreWriter::~StoreWriter() { Finish(); }
+
+void StoreWriter::Finish() {
   {
     absl::MutexLock lock(&mutex_);
     ended_ = true;
   }
-  thread_.join();
+  if (thread_.joinable()) thread_.join();
 }
 
 void StoreWriter::Enqueue(size_t bytes, Operation operation, Done done) {
@@ -156,7 +157,7 @@ void StoreWriter::Fail(const absl::Status& why) {
     counters_.failed = true;
   }
   db_->Run("ROLLBACK").IgnoreError();  // SQLite may have done so
-  db_->KeepJournalOnClose();           // that would be another try
+  db_->MoveJournalOnClose(false);      // that would be another try
   LogEvent(spdlog::level::err, "the store of batch jobs failed; it takes nothing more",
            {{"why", std::string(why.message())}});
 }
@@ -165,9 +166,10 @@ void StoreWriter::Fail(const absl::Status& why) {
 absl::Status StoreWriter::CheckpointIfDue() {
   // Fewer than there were: the journal began anew, which it does once all of it was moved.
   if (journal_pages_ < checkpoint_pages_) checkpoint_pages_ = 0;
-  if (journal_pages_ - checkpoint_pages_ < kCheckpointPages) return absl::OkStatus();
-  const int mode =
-      journal_pages_ >= kMaxJournalPages ? SQLITE_CHECKPOINT_RESTART : SQLITE_CHECKPOINT_PASSIVE;
+  if (journal_pages_ - checkpoint_pages_ < options_.checkpoint_pages) return absl::OkStatus();
+  const int mode = journal_pages_ >= kMaxCheckpoints * options_.checkpoint_pages
+                       ? SQLITE_CHECKPOINT_RESTART
+                       : SQLITE_CHECKPOINT_PASSIVE;
   const int code = sqlite3_wal_checkpoint_v2(db_->get(), nullptr, mode, nullptr, nullptr);
   // Busy: a reader was in the way; what it needs is moved by a later one.
   if (code != SQLITE_OK && (code & 0xFF) != SQLITE_BUSY) {

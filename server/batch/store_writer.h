@@ -41,6 +41,7 @@ class StoreWriter {
     std::function<void(const std::vector<JobId>&)> on_change;  // may be empty
     std::function<void(absl::Duration)> on_commit;             // likewise
     std::function<absl::Time()> now;
+    int checkpoint_pages = 0;
   };
   struct Counters {
     int64_t items_ended[4] = {};
@@ -50,7 +51,10 @@ class StoreWriter {
   };
 
   StoreWriter(std::unique_ptr<SqliteConnection> db, Options options);
-  ~StoreWriter();  // does what is queued
+  ~StoreWriter();  // Finish()
+
+  // Does what is queued, and ends the thread. No-op after the first.
+  void Finish() ABSL_LOCKS_EXCLUDED(mutex_);
 
   // `bytes`: about what it writes; a transaction is ended when it has written enough.
   void Enqueue(size_t bytes, Operation operation, Done done) ABSL_LOCKS_EXCLUDED(mutex_);
