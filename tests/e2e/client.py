@@ -32,9 +32,10 @@ TIMEOUT = 60
 def _generate_stubs():
     """The stubs a client would make from proto/, in a folder that goes when the tests end."""
     out = tempfile.mkdtemp(prefix='latentd-stubs-')
+    files = ('latentd/v1/inference.proto', 'latentd/v1/batch.proto', 'grpc/health/v1/health.proto')
     code = protoc.main([
         'protoc', f'-I{ROOT / "proto"}', f'-I{pathlib.Path(grpc_tools.__file__).parent / "_proto"}', f'--python_out={out}',
-        f'--grpc_python_out={out}', str(ROOT / 'proto/latentd/v1/inference.proto'), str(ROOT / 'proto/grpc/health/v1/health.proto')
+        f'--grpc_python_out={out}', *(str(ROOT / 'proto' / name) for name in files)
     ])
     assert code == 0, 'protoc failed'
     sys.path.insert(0, out)
@@ -47,6 +48,8 @@ import grpc as _grpc_package  # noqa: E402
 
 _grpc_package.__path__.append(str(pathlib.Path(_STUBS) / 'grpc'))
 from grpc.health.v1 import health_pb2, health_pb2_grpc  # noqa: E402
+from latentd.v1 import batch_pb2  # noqa: E402
+from latentd.v1 import batch_pb2_grpc  # noqa: E402
 from latentd.v1 import inference_pb2 as pb  # noqa: E402
 from latentd.v1 import inference_pb2_grpc as pb_grpc  # noqa: E402
 
@@ -77,10 +80,10 @@ def eventually(condition, timeout=TIMEOUT, what=''):
 
 
 class Daemon:
-    """A running `latentd serve` on two free ports of 127.0.0.1. A context manager."""
+    """A running `latentd serve` on two free ports of 127.0.0.1, or on `address`. A context manager."""
 
-    def __init__(self, *flags, model=DEMO_MODEL):
-        self.address = f'127.0.0.1:{free_port()}'
+    def __init__(self, *flags, model=DEMO_MODEL, address=None):
+        self.address = address or f'127.0.0.1:{free_port()}'
         self.http = f'127.0.0.1:{free_port()}'
         self.log = tempfile.NamedTemporaryFile('w+', prefix='latentd-', suffix='.log')
         # A GPU's whole memory would be too much for two daemons at once; a later flag of the same name wins.
@@ -90,6 +93,7 @@ class Daemon:
         self.channel = self.new_channel()
         self.stub = pb_grpc.InferenceServiceStub(self.channel)
         self.health = health_pb2_grpc.HealthStub(self.channel)
+        self.batch = batch_pb2_grpc.BatchServiceStub(self.channel)
 
     def new_channel(self):
         # Own subchannels, and quick retries while the daemon is not listening yet.

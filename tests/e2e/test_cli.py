@@ -21,7 +21,7 @@ def answer_of(name):
 def test_help_names_the_commands():
     done = run('--help')
     assert done.returncode == 0
-    for command in ('serve', 'chat', 'bench', 'check'):
+    for command in ('serve', 'chat', 'batch', 'bench', 'check'):
         assert re.search(rf'^\s+{command}\b', done.stdout, re.M)
         assert run(command, '--help').returncode == 0
 
