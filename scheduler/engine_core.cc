@@ -301,7 +301,8 @@ class EngineCore::Impl {
     stats_.num_running = scheduler_.num_running() - stats_.num_background_running;
     stats_.num_blocks = scheduler_.num_blocks();
     stats_.num_free_blocks = scheduler_.num_free_blocks();
-    stats_.num_preemptions = scheduler_.num_preemptions();
+    stats_.num_background_preemptions = scheduler_.num_background_preemptions();
+    stats_.num_preemptions = scheduler_.num_preemptions() - stats_.num_background_preemptions;
     stats_.prompt_tokens = scheduler_.prompt_tokens();
     stats_.cached_tokens = scheduler_.cached_tokens();
     stats_.num_recoveries = scheduler_.num_restarts();

@@ -38,9 +38,10 @@ struct CoreStats {
   int32_t num_free_blocks = 0;  // cached but unused blocks are free
   int64_t num_steps = 0;
   int64_t num_preemptions = 0;
-  int64_t prompt_tokens = 0;  // admitted
-  int64_t cached_tokens = 0;  // of those, found in the prefix cache
-  bool ready = true;          // the engine; false while its group is being formed again
+  int64_t num_background_preemptions = 0;  // not among those
+  int64_t prompt_tokens = 0;               // admitted
+  int64_t cached_tokens = 0;               // of those, found in the prefix cache
+  bool ready = true;  // the engine; false while its group is being formed again
   absl::Duration not_ready = absl::ZeroDuration();  // all the time that it was not
   int64_t num_recoveries = 0;                       // lost steps, whose sequences start again
   int64_t num_recovered = 0;                        // sequences that started again

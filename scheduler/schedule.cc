@@ -91,6 +91,7 @@ void Scheduler::Preempt(Sequence* sequence) {
     shares_.erase(share);
   }
   ++num_preemptions_;
+  num_background_preemptions_ += sequence->background();
   Suspend(sequence);
   std::erase(running_, sequence);
 }

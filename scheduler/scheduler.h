@@ -113,6 +113,7 @@ class Scheduler {
   int32_t num_blocks() const;                                               // all dp_ranks
   int32_t num_free_blocks() const;                                          // all dp_ranks
   int64_t num_preemptions() const { return num_preemptions_; }
+  int64_t num_background_preemptions() const { return num_background_preemptions_; }  // of those
   int64_t num_restarts() const { return num_restarts_; }    // steps that Restart() ended
   int64_t num_recovered() const { return num_recovered_; }  // running sequences, over all of those
   int64_t prompt_tokens() const { return prompt_tokens_; }  // of started requests
@@ -202,6 +203,7 @@ class Scheduler {
   std::vector<SequenceEvent> started_;
 
   int64_t num_preemptions_ = 0;
+  int64_t num_background_preemptions_ = 0;
   int64_t num_restarts_ = 0;
   int64_t num_recovered_ = 0;
   int64_t prompt_tokens_ = 0;

@@ -60,6 +60,7 @@ struct ServeConfig {
 
   std::string batch_dir;
   int64_t batch_max_running = 0;
+  int64_t batch_step_tokens = 512;
   int64_t batch_max_item_bytes = int64_t{4} << 20;
   int64_t batch_max_job_items = 1'000'000;
   int64_t batch_max_jobs = 100;

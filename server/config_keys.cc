@@ -143,8 +143,14 @@ const std::vector<ConfigKey>& Table() {
        "Directory in which batch jobs and their results are stored, for this daemon alone; made "
        "when it is not there. Empty: no batch jobs."},
       {"batch_max_running", T::kInt, &C::batch_max_running,
-       "Items of batch jobs that are in the engine at once. 0: as many as it has seats for.", 0,
-       65536, "items"},
+       "Items of batch jobs that are in the engine at once. 0: as many as it has seats for, and an "
+       "eighth.",
+       0, 65536, "items"},
+      {"batch_step_tokens", T::kInt, &C::batch_step_tokens,
+       "Tokens that one rank computes for batch jobs in a step that other requests take part in, "
+       "at "
+       "most: what a longer step would cost these in latency. 0: whatever they leave.",
+       0, kMaxTokens, "tokens"},
       {"batch_max_item_bytes", T::kSize, &C::batch_max_item_bytes,
        "Largest item of a batch job; a job with a larger one is refused.", 1024, int64_t{1} << 30},
       {"batch_max_job_items", T::kInt, &C::batch_max_job_items,

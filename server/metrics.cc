@@ -166,6 +166,7 @@ void Metrics::OnStep(const StepReport& report) {
   step_tokens_.Observe(report.num_tokens);
   step_sequences_.Observe(report.num_sequences);
   generation_tokens_.fetch_add(report.num_sampled, std::memory_order_relaxed);
+  background_tokens_.fetch_add(report.num_background_tokens, std::memory_order_relaxed);
 }
 
 void Metrics::OnFinished(const RequestRecord& record) {
@@ -238,6 +239,17 @@ std::string Metrics::Text() const {
   out.Gauge("latentd_requests_waiting", "Requests that wait for a place in a step.",
             core.num_waiting);
   out.Gauge("latentd_requests_running", "Sequences that take part in steps.", core.num_running);
+  out.Gauge("latentd_background_waiting",
+            "Background requests (items of batch jobs) that wait for a place in a step.",
+            core.num_background_waiting);
+  out.Gauge("latentd_background_running", "Background sequences that take part in steps.",
+            core.num_background_running);
+  out.Counter("latentd_background_tokens_total",
+              "Of the tokens of steps (latentd_step_tokens_sum): for background requests.",
+              background_tokens_);
+  out.Counter("latentd_background_preemptions_total",
+              "Background sequences that gave up their places or blocks, mostly for others.",
+              core.num_background_preemptions);
   out.Gauge("latentd_kv_cache_blocks", "Blocks of the KV cache.", core.num_blocks);
   out.Gauge(
       "latentd_kv_cache_usage_ratio",
@@ -245,7 +257,8 @@ std::string Metrics::Text() const {
       core.num_blocks == 0 ? 0 : 1 - static_cast<double>(core.num_free_blocks) / core.num_blocks);
   out.Counter("latentd_steps_total", "Steps of the engine.", core.num_steps);
   out.Counter("latentd_preemptions_total",
-              "Running sequences that gave up their blocks and are computed again.",
+              "Running sequences that gave up their blocks and are computed again; background ones "
+              "aside.",
               core.num_preemptions);
   out.Counter("latentd_prompt_tokens_total", "Prompt tokens of admitted requests.",
               core.prompt_tokens);

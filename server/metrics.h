@@ -85,6 +85,7 @@ class Metrics final : public RequestObserver {
   std::atomic<uint64_t> load_bytes_loaded_{0};
   std::atomic<uint64_t> load_bytes_total_{0};
   std::atomic<int64_t> generation_tokens_{0};
+  std::atomic<int64_t> background_tokens_{0};
   std::atomic<int64_t> client_cancelled_{0};
   std::atomic<int64_t> requests_[kMethods.size()][kNumCodes][kFinishReasons.size()] = {};
 

@@ -338,7 +338,8 @@ absl::Status Server::LoadAndServe() {
                       .max_running = static_cast<int32_t>(config_.max_running),
                       .max_waiting = static_cast<int32_t>(config_.max_waiting),
                       .prefix_caching = config_.prefix_caching,
-                      .max_recoveries = static_cast<int32_t>(config_.max_recoveries)},
+                      .max_recoveries = static_cast<int32_t>(config_.max_recoveries),
+                      .max_background_tokens = static_cast<int32_t>(config_.batch_step_tokens)},
       engine_.get(),
       EngineCore::Callbacks{
           .on_events =

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "scheduler/scheduler.h"
+#include "tests/scheduler/background_load.h"
 #include "tests/scheduler/scheduler_fixture.h"
 
 namespace latentd {
@@ -186,6 +187,24 @@ TEST_F(BackgroundTest, OnlyWhoWasInAFailedStepIsSuspect) {
   ASSERT_EQ(others.size(), 1u);
   EXPECT_FALSE(others[0].suspect);
   EXPECT_THAT(Ids(Schedule()), IsEmpty());
+}
+
+// The figures that README.md gives, of a shorter time.
+TEST(BackgroundLoadTest, AnEndlessBacklogCostsTheOthersNextToNothing) {
+  BackgroundLoad load;
+  load.duration = absl::Minutes(10);
+  const BackgroundLoadResult without = RunBackgroundLoad(load);
+  load.backlog = load.seats + load.seats / 4;
+  const BackgroundLoadResult with = RunBackgroundLoad(load);
+  ASSERT_GT(without.ttft_ms.size(), 10000u);
+  ASSERT_NEAR(without.used, 0.7, 0.05);
+  EXPECT_GT(with.used, 0.9);
+  for (const double q : {0.5, 0.99}) {
+    EXPECT_LE(BackgroundLoadResult::Quantile(with.ttft_ms, q),
+              1.15 * BackgroundLoadResult::Quantile(without.ttft_ms, q));
+    EXPECT_LE(BackgroundLoadResult::Quantile(with.itl_ms, q),
+              1.15 * BackgroundLoadResult::Quantile(without.itl_ms, q));
+  }
 }
 
 }  // namespace

@@ -44,14 +44,19 @@ void Fill(Metrics* metrics) {
   metrics->SetEngine({.num_blocks = 100, .max_model_len = 4096}, "cpu", true, [] {
     return CoreStats{.num_waiting = 3,
                      .num_running = 2,
+                     .num_background_waiting = 6,
+                     .num_background_running = 5,
                      .num_blocks = 100,
                      .num_free_blocks = 75,
                      .num_steps = 7,
                      .num_preemptions = 1,
+                     .num_background_preemptions = 4,
                      .prompt_tokens = 50,
                      .cached_tokens = 20};
   });
-  metrics->OnStep(Step(2, 66, 2));
+  StepReport prefill = Step(2, 66, 2);
+  prefill.num_background_tokens = 60;
+  metrics->OnStep(prefill);
   // A GPU tells its times; that it waited while there were no requests is no matter.
   StepReport decode = Step(2, 2, 2);
   decode.device = {.idle_seconds = 0.00015, .busy_seconds = 0.0045};
@@ -83,6 +88,10 @@ TEST(MetricsTest, CountsWhatHappened) {
            "latentd_ready{model=\"demo\"} 1\n",
            "latentd_requests_waiting{model=\"demo\"} 3\n",
            "latentd_requests_running{model=\"demo\"} 2\n",
+           "latentd_background_waiting{model=\"demo\"} 6\n",
+           "latentd_background_running{model=\"demo\"} 5\n",
+           "latentd_background_tokens_total{model=\"demo\"} 60\n",
+           "latentd_background_preemptions_total{model=\"demo\"} 4\n",
            "latentd_kv_cache_usage_ratio{model=\"demo\"} 0.25\n",
            "latentd_prompt_tokens_total{model=\"demo\"} 50\n",
            "latentd_prompt_tokens_cached_total{model=\"demo\"} 20\n",
