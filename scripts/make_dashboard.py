@@ -60,6 +60,17 @@ ROWS = [
         ('Latest recovery', 's', [(f'latentd_group_recovery_seconds{BY}', '{{instance}}')]),
         ('Sequences computed again', 'short', [(rate('latentd_sequences_recovered_total'), '{{instance}}')]),
     ]),
+    ('Batch jobs', [
+        ('Jobs', 'short', [(f'sum by (state) (latentd_batch_jobs{BY})', '{{state}}')]),
+        ('Items a second', 'short', [(f'sum by (state) ({rate("latentd_batch_items_total")})', '{{state}}')]),
+        ('Items', 'short', [(f'latentd_batch_items_running{BY}', '{{instance}} running'), (f'latentd_batch_items_pending{BY}', '{{instance}} pending')]),
+        ('Age of the oldest backlog', 's', [(f'latentd_batch_oldest_pending_age_seconds{BY}', '{{instance}}')]),
+        ('Until the next job expires', 's', [(f'latentd_batch_deadline_slack_seconds{BY}', '{{instance}}')]),
+        ('A commit', 's', quantiles('latentd_batch_commit_seconds')),
+        ('Size of the store', 'bytes', [(f'latentd_batch_store_bytes{BY}', '{{instance}}')]),
+        ('Failed, jobs taken up again', 'short', [(f'latentd_batch_store_failed{BY}', '{{instance}} failed'),
+                                                  (f'latentd_batch_recoveries_total{BY}', '{{instance}} jobs')]),
+    ]),
     ('Process', [
         ('CPU', 'short', [(rate('process_cpu_seconds_total'), '{{instance}}')]),
         ('Memory', 'bytes', [(f'process_resident_memory_bytes{BY}', '{{instance}}')]),

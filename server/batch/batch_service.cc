@@ -46,6 +46,7 @@ using Bytes = grpc::ByteBuffer;
 
 constexpr int32_t kDefaultPage = 100;
 constexpr int32_t kMaxPage = 1000;
+constexpr size_t kMaxPageBytes = size_t{1} << 20;  // clients take 4 MiB
 constexpr absl::Duration kQuotaRetryDelay = absl::Minutes(1);
 
 absl::Status Disabled() {
@@ -404,11 +405,17 @@ absl::Status BatchService::Impl::DoListJobs(const std::string& owner,
 
   const int limit = request.page_size() == 0 ? kDefaultPage : request.page_size();
   ASSIGN_OR_RETURN(std::vector<JobRecord> records, store_->ListJobs(filter, before, limit + 1));
-  if (records.size() > static_cast<size_t>(limit)) {
-    records.resize(limit);
-    response->set_next_page_token(OpaqueToken(scope, records.back().id));
+  size_t bytes = 0;
+  for (JobRecord& record : records) {
+    bytes += record.job.ByteSizeLong();
+    const bool is_full = response->jobs_size() == limit || bytes > kMaxPageBytes;
+    if (is_full && response->jobs_size() > 0) {
+      response->set_next_page_token(OpaqueToken(scope, before));
+      break;
+    }
+    before = record.id;
+    *response->add_jobs() = Present(std::move(record));
   }
-  for (JobRecord& record : records) *response->add_jobs() = Present(std::move(record));
   return absl::OkStatus();
 }
 
@@ -440,7 +447,7 @@ absl::Status BatchService::Impl::DoRetryJob(const std::string& owner,
   RETURN_IF_ERROR(CheckKey(request.request_id()));
   if (draining_) return Draining();
   ASSIGN_OR_RETURN(const JobRecord record, Find(request.name()));
-  absl::MutexLock lock(&quota_mutex_);
+  // Without quota_mutex_: copying a large job takes long. Retries at the same time may exceed it.
   const auto known = store_->GetUpload(owner, request.request_id());
   if (absl::IsNotFound(known.status())) {
     const v1::JobCounts& counts = record.job.counts();

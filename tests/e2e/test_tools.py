@@ -4,12 +4,12 @@ import json
 
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from client import SERVICE, TIMEOUT, Daemon, DEMO_MODEL, golden
+from client import SERVICE, TIMEOUT, Daemon, DEMO_MODEL, eventually, golden
 
 
 def test_reflection_describes_the_service(daemon):
     database = ProtoReflectionDescriptorDatabase(daemon.channel)
-    assert {SERVICE, 'grpc.health.v1.Health'} <= set(database.get_services())
+    assert {SERVICE, 'latentd.v1.BatchService', 'grpc.health.v1.Health'} <= set(database.get_services())
     file = database.FindFileContainingSymbol(SERVICE)
     assert file.name == 'latentd/v1/inference.proto'
     assert 'StreamChat' in [m.name for m in file.service[0].method]
@@ -50,6 +50,31 @@ def test_ghz_load(daemon, tool, tmp_path):
     report = json.loads(tool('ghz', '--insecure', '--call', f'{SERVICE}.StreamChat',
                              '-d', json.dumps(request), '-n', '200', '-c', '20', '-O', 'json', daemon.address).stdout)
     assert report['count'] == 200 and report['statusCodeDistribution'] == {'OK': 200}
+
+
+def test_grpcurl_runs_a_batch_job(tmp_path, tool):
+    """As README says it, and what promtool and /metrics make of it."""
+    upload = """{"header": {"request_id": "monday", "spec": {"completion_window": "3600s"}}}
+      {"items": {"items": [{"custom_id": "a", "chat": {"messages": [{"role": "ROLE_USER", "content": "What is MLA?"}]}},
+                           {"custom_id": "b", "complete": {"text": "MLA is"}}]}}
+      {"commit": {"item_count": 2}}"""
+    with Daemon('--batch-dir', tmp_path / 'batch') as daemon:
+        daemon.wait_ready()
+
+        def call(method, data):
+            return tool('grpcurl', '-plaintext', '-d', data, daemon.address, f'latentd.v1.BatchService/{method}').stdout
+
+        name = json.loads(call('CreateJob', upload))['job']['name']
+        out = call('StreamResults', json.dumps({'name': name, 'follow': True}))
+        assert out.count('ITEM_STATE_SUCCEEDED') == 2
+        job = json.loads(call('GetJob', json.dumps({'name': name})))['job']
+        assert job['state'] == 'JOB_STATE_COMPLETED' and job['counts']['succeeded'] == '2'
+        done = tool('promtool', 'check', 'metrics', input=daemon.get('/metrics'))
+        assert not done.stdout and not done.stderr, done.stdout + done.stderr
+        eventually(lambda: daemon.metric('latentd_batch_items_total', state='succeeded') == 2)
+        eventually(lambda: daemon.metric('latentd_batch_jobs', state='completed') == 1)
+        assert daemon.metric('latentd_batch_commit_seconds_count') >= 4
+        assert daemon.metric('latentd_batch_items_pending') == 0 and daemon.metric('latentd_batch_store_failed') == 0
 
 
 def test_promtool_finds_nothing_wrong_with_the_metrics(daemon, tool):

@@ -126,6 +126,35 @@ TEST_F(JobsTest, ListsPageByPageNewestFirst) {
   EXPECT_THAT(sizes, ElementsAre(2, 2, 1));
 }
 
+TEST_F(JobsTest, APageFitsIntoAMessage) {
+  v1::CreateJobRequest header = HeaderFrame("");
+  for (int i = 0; i < 16; ++i) {
+    (*header.mutable_header()->mutable_spec()->mutable_metadata())[absl::StrCat(i)] =
+        std::string(512, 'x');
+  }
+  constexpr int kJobs = 250;  // of 8 KB each
+  options_.limits.max_jobs = kJobs;
+  Restart();
+  for (int i = 0; i < kJobs; ++i) {
+    header.mutable_header()->set_request_id(absl::StrCat(i));
+    ASSERT_TRUE(Send({header, ItemsFrame(CompletionItems(1)), CommitFrame(1)}).status.ok());
+  }
+  v1::ListJobsRequest request;
+  request.set_page_size(1000);
+  int num_jobs = 0;
+  int num_pages = 0;
+  do {
+    v1::ListJobsResponse response;
+    ASSERT_TRUE(List(request, &response).ok());
+    EXPECT_LT(response.ByteSizeLong(), 2u << 20);
+    num_jobs += response.jobs_size();
+    ++num_pages;
+    request.set_page_token(response.next_page_token());
+  } while (!request.page_token().empty());
+  EXPECT_EQ(num_jobs, kJobs);
+  EXPECT_EQ(num_pages, 3);
+}
+
 TEST_F(JobsTest, ListsFilter) {
   for (int i = 0; i < 4; ++i) {
     v1::CreateJobRequest header = HeaderFrame(absl::StrCat("key-", i));
