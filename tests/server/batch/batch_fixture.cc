@@ -49,8 +49,8 @@ v1::CreateJobRequest CommitFrame(int64_t item_count, const std::string& sha256) 
 
 // ---- BatchTest ---------------------------------------------------------------------------------
 
-BatchTest::BatchTest(BatchServiceOptions options, bool load)
-    : options_(std::move(options)), load_(load) {
+BatchTest::BatchTest(BatchServiceOptions options, bool load, std::string vfs)
+    : options_(std::move(options)), load_(load), vfs_(std::move(vfs)) {
   Start();
 }
 
@@ -60,7 +60,7 @@ void BatchTest::Start() {
   hub_ = std::make_unique<ChangeHub>();
   auto store = BatchStore::Open(
       {.directory = folder_.path(),
-       .vfs = "",
+       .vfs = vfs_,
        .on_change = [hub = hub_.get()](const std::vector<JobId>& jobs) { hub->Notify(jobs); }});
   ASSERT_TRUE(store.ok()) << store.status();
   store_ = *std::move(store);

@@ -39,7 +39,8 @@ struct Created {
 // the items: tests end them in the store.
 class BatchTest : public testing::Test {
  protected:
-  explicit BatchTest(BatchServiceOptions options = {}, bool load = true);
+  // `vfs`: the store's; empty: SQLite's default.
+  explicit BatchTest(BatchServiceOptions options = {}, bool load = true, std::string vfs = "");
   ~BatchTest() override;
 
   // Ends the server and the store, and begins again in the same directory.
@@ -67,6 +68,7 @@ class BatchTest : public testing::Test {
 
   BatchServiceOptions options_;
   const bool load_;
+  const std::string vfs_;
   StoreFolder folder_;
   std::unique_ptr<ChangeHub> hub_;
   std::unique_ptr<BatchStore> store_;
