@@ -231,7 +231,7 @@ bool BatchRunner::Impl::Check(const absl::Status& status) {
   if (status.ok()) return true;
   if (std::exchange(stopped_, true)) return false;
   LogEvent(spdlog::level::err, "batch jobs stand still until the next start: their store fails",
-           {{"error", status.ToString()}});
+           {{"error", std::string(status.message())}});
   Drain();
   return false;
 }

@@ -1,4 +1,5 @@
-// Random jobs, failures, cancels, drains and restarts: every item ends once, as its job says.
+// Random jobs, failures, cancels, drains, restarts, failing disks and losses of power: every item
+// ends once, as its job says.
 #include <atomic>
 #include <cstdlib>
 #include <map>
@@ -17,6 +18,7 @@
 #include "server/batch/batch_store.h"
 #include "server/status.h"
 #include "tests/server/batch/fake_caller.h"
+#include "tests/server/batch/fault_vfs.h"
 #include "tests/server/batch/store_fixture.h"
 
 namespace latentd {
@@ -25,7 +27,8 @@ namespace {
 // One store, its jobs, and the servers that run it one after the other.
 class World {
  public:
-  explicit World(uint64_t seed) : random_(seed), caller_(static_cast<int32_t>(1 + random_() % 12)) {
+  explicit World(uint64_t seed)
+      : random_(seed), has_faults_(seed % 2 == 0), caller_(static_cast<int32_t>(Pick(1, 12))) {
     caller_.set_judge([this](const std::string& prompt) { return Judge(prompt); });
     Open();
   }
@@ -42,20 +45,32 @@ class World {
         }
       }
     });
-    for (int i = 0; i < 40; ++i) {
-      if (OneIn(4)) NewJob();
+    for (int i = 0; has_faults_ && i < 8; ++i) NewJob();
+    for (int i = 0; i < 40 && !testing::Test::HasFailure(); ++i) {
+      if (vfs_->has_failed()) {
+        StartAgain();
+      } else if (has_faults_ && OneIn(5)) {
+        fault_ = static_cast<FaultVfs::Fault>(Pick(1, 4));
+        vfs_->FailAt(fault_, Pick(1, 40));
+      }
+      if (!has_faults_ && OneIn(4)) NewJob();
       if (OneIn(12)) Cancel();
       if (OneIn(10)) {
         caller_.set_capacity(0);
         absl::SleepFor(absl::Milliseconds(3));
         caller_.set_capacity(Pick(1, 12));
       }
-      if (OneIn(12)) {
+      if (!has_faults_ && OneIn(12)) {
         if (OneIn(2)) runner_->StartDrain();
         Close();
         Open();
       }
       absl::SleepFor(absl::Milliseconds(Pick(0, 8)));
+    }
+    if (has_faults_) {
+      // No fault is to come any more.
+      if (!vfs_->has_failed()) vfs_->FailAt(FaultVfs::Fault::kNone, 1);
+      StartAgain();
     }
     AwaitEnd();
     done = true;
@@ -87,11 +102,12 @@ class World {
   }
 
   void Open() {
-    auto store = BatchStore::Open(
-        {.directory = folder_.path(), .on_change = [this](const std::vector<JobId>& jobs) {
-           absl::MutexLock lock(&mutex_);
-           if (runner_ != nullptr) runner_->OnChange(jobs);
-         }});
+    auto store = BatchStore::Open({.directory = folder_->path(),
+                                   .vfs = vfs_->name(),
+                                   .on_change = [this](const std::vector<JobId>& jobs) {
+                                     absl::MutexLock lock(&mutex_);
+                                     if (runner_ != nullptr) runner_->OnChange(jobs);
+                                   }});
     ASSERT_TRUE(store.ok()) << store.status();
     store_ = *std::move(store);
     auto runner = std::make_unique<BatchRunner>(
@@ -115,6 +131,23 @@ class World {
     runner.reset();
     EXPECT_EQ(caller_.num_calls(), 0u) << "a call that nobody waits for";
     store_.reset();
+  }
+
+  // After the store has failed, or as if it had: with what the disk has.
+  void StartAgain() {
+    Close();
+    if (vfs_->has_failed() && fault_ == FaultVfs::Fault::kPowerLoss) {
+      auto folder = std::make_unique<StoreFolder>();
+      vfs_->WriteSurvivors(folder_->path(), folder->path(), &random_);
+      vfs_ = std::make_unique<FaultVfs>();
+      vfs_->Adopt(folder->path());
+      folder_ = std::move(folder);
+    } else {
+      auto vfs = std::make_unique<FaultVfs>();
+      vfs->Adopt(folder_->path());
+      vfs_ = std::move(vfs);
+    }
+    Open();
   }
 
   void NewJob() {
@@ -141,8 +174,8 @@ class World {
   void Cancel() {
     if (jobs_.empty()) return;
     auto& [id, job] = *std::next(jobs_.begin(), Pick(0, static_cast<int>(jobs_.size()) - 1));
-    ASSERT_TRUE(store_->EndJob(id, v1::JOB_STATE_CANCELLED, "").ok());
-    job.cancelled = true;
+    EXPECT_TRUE(store_->EndJob(id, v1::JOB_STATE_CANCELLED, "").ok() || has_faults_);
+    job.cancelled = true;  // perhaps, where the store fails
   }
 
   void AwaitEnd() {
@@ -200,7 +233,10 @@ class World {
   }
 
   std::mt19937_64 random_;
-  StoreFolder folder_;
+  const bool has_faults_;
+  std::unique_ptr<StoreFolder> folder_ = std::make_unique<StoreFolder>();
+  std::unique_ptr<FaultVfs> vfs_ = std::make_unique<FaultVfs>();
+  FaultVfs::Fault fault_ = FaultVfs::Fault::kNone;  // that was asked for last
   std::atomic<int> num_judged_ = 0;
   FakeCaller caller_;
   absl::Mutex mutex_;
