@@ -10,15 +10,21 @@
 namespace latentd {
 namespace {
 
-bool IsAt(StoreModel model, int max_reopened, const std::string& described, StoreModel* found) {
-  for (int i = 0; i <= max_reopened; ++i) {
-    if (model.Describe() == described) {
-      *found = std::move(model);
-      return true;
+// `point` as it is when the store was opened so often there. A retry is two transactions: when the
+// second is missing, the operation is asked for again, by a model that knows nothing of the first.
+std::optional<StorePoint> Match(StorePoint point, const StoreOp& next, int max_reopened,
+                                const std::string& described) {
+  StoreModel half = point.model;
+  const bool is_retry =
+      next.kind == StoreOp::kRetry && half.BeginRetry(next) == absl::StatusCode::kOk;
+  for (point.num_reopened = 0; point.num_reopened <= max_reopened; ++point.num_reopened) {
+    if (point.model.Describe() == described || (is_retry && half.Describe() == described)) {
+      return point;
     }
-    model.Reopen();
+    point.model.Reopen();
+    half.Reopen();
   }
-  return false;
+  return std::nullopt;
 }
 
 }  // namespace
@@ -36,18 +42,8 @@ std::optional<StorePoint> FindPoint(uint64_t seed, const StorePoint& from, int64
   while (true) {
     const StoreOp op = OpAt(seed, point);
     if (point.num_ops >= num_known) {
-      if (IsAt(point.model, max_reopened, described, &point.model)) return point;
-      // A retry is two transactions. When the second is missing, the operation is asked for again,
-      // by a model that knows nothing of the first.
-      StorePoint whole = point;
-      StoreModel half = point.model;
-      if (op.kind == StoreOp::kRetry && half.BeginRetry(op) == absl::StatusCode::kOk) {
-        for (int i = 0; i <= max_reopened; ++i) {
-          if (half.Describe() == described) return whole;
-          half.Reopen();
-          whole.model.Reopen();
-        }
-      }
+      std::optional<StorePoint> found = Match(point, op, max_reopened, described);
+      if (found.has_value()) return found;
     }
     if (point.num_ops >= max_ops) return std::nullopt;
     point.model.Apply(op);

@@ -20,6 +20,7 @@ namespace latentd {
 struct StorePoint {
   StoreModel model;
   int64_t num_ops = 0;
+  int num_reopened = 0;  // at that point, as FindPoint() found
 };
 
 // The next operation at that point; the same each time.

@@ -35,7 +35,7 @@ class StoreFaultsTest : public ::testing::TestWithParam<int> {
       Find(**store);
       if (HasFatalFailure()) return;
       driver_ = std::make_unique<StoreDriver>(seed_, point_, nullptr);
-      driver_->Run(300, store->get());
+      driver_->Run(num_ops_, store->get());
       ASSERT_TRUE(driver_->wrong().empty()) << driver_->wrong()[0];
       num_known_ = driver_->num_known();
       num_asked_ = driver_->num_asked();
@@ -92,7 +92,8 @@ class StoreFaultsTest : public ::testing::TestWithParam<int> {
   std::unique_ptr<StoreFolder> folder_ = std::make_unique<StoreFolder>();
   std::unique_ptr<FaultVfs> vfs_ = std::make_unique<FaultVfs>();
   std::unique_ptr<StoreDriver> driver_;
-  StorePoint point_;  // where the store was when it was last opened
+  int num_ops_ = 300;  // of a life
+  StorePoint point_;   // where the store was when it was last opened
   int64_t num_known_ = 0, num_asked_ = 0;
   int num_opened_ = 0;  // since then
 };
@@ -110,6 +111,18 @@ TEST_P(StoreFaultsTest, NothingThatWasSaidIsLost) {
   }
   EXPECT_GT(num_failed, num_lives / 10);
   EXPECT_GT(point_.num_ops, 20 * num_lives);
+}
+
+// What a failed sync left can be read, and is on no disk.
+TEST_P(StoreFaultsTest, PowerIsLostWhileAFailedStoreOpensAgain) {
+  num_ops_ = 60;
+  for (int call = 1; call <= 25; ++call) {
+    SCOPED_TRACE(absl::StrCat("power lost at call ", call));
+    Live(Fault::kSync, static_cast<int64_t>(2 + random_() % 20));
+    Live(Fault::kPowerLoss, call);
+    Live(Fault::kNone, 0);
+    ASSERT_FALSE(HasFailure());
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Seeds, StoreFaultsTest, ::testing::Range(1, 4));
