@@ -72,6 +72,12 @@ CREATE TABLE deleted (                   -- jobs that are gone, whose other rows
   job INTEGER PRIMARY KEY
 );
 )sql",
+    // Ended jobs are kept for long, and there may be very many of them: what looks for the others,
+    // or for those that are due, does not read them all.
+    R"sql(
+CREATE INDEX jobs_not_ended ON jobs (owner) WHERE state < 6;
+CREATE INDEX jobs_to_purge ON jobs (purge_time) WHERE purge_time != 0;
+)sql",
 };
 
 }  // namespace

@@ -77,8 +77,8 @@ absl::StatusOr<int64_t> Recover(SqliteConnection* db) {
   std::vector<JobRow> rows;
   {
     SqliteQuery query =
-        db->Query(absl::StrCat(std::string(SelectJobs()), "WHERE state IN (?, ?, ?)"),
-                  v1::JOB_STATE_IN_PROGRESS, v1::JOB_STATE_FINALIZING, v1::JOB_STATE_CANCELLING);
+        db->Query(absl::StrCat(std::string(SelectJobs()), "WHERE ", kNotEnded, " AND state >= ?"),
+                  v1::JOB_STATE_IN_PROGRESS);
     while (true) {
       ASSIGN_OR_RETURN(std::optional<JobRow> row, NextJob(&query));
       if (!row.has_value()) break;

@@ -109,21 +109,23 @@ bool Matches(const v1::Job& job, const std::vector<std::pair<std::string, std::s
   });
 }
 
-// Removes jobs that are due. How many.
+// Removes jobs that are due, and old uploads. How many.
 absl::StatusOr<int64_t> RemoveDue(StoreTransaction* transaction, absl::Time uploads_before) {
   std::vector<JobId> due;
-  {
-    SqliteQuery query = transaction->db->Query(
-        "SELECT id FROM jobs WHERE (purge_time != 0 AND purge_time <= ?)"
-        " OR (state = ? AND touch_time < ?) LIMIT ?",
-        absl::ToUnixMicros(transaction->now), v1::JOB_STATE_VALIDATING,
-        absl::ToUnixMicros(uploads_before), kJobsAtOnce);
-    while (true) {
+  const auto add = [&due](SqliteQuery query) -> absl::Status {
+    while (std::ssize(due) < kJobsAtOnce) {
       ASSIGN_OR_RETURN(const bool has_row, query.Step());
       if (!has_row) break;
       due.push_back(query.Int(0));
     }
-  }
+    return absl::OkStatus();
+  };
+  SqliteConnection& db = *transaction->db;
+  RETURN_IF_ERROR(add(db.Query("SELECT id FROM jobs WHERE purge_time != 0 AND purge_time <= ?",
+                               absl::ToUnixMicros(transaction->now))));
+  RETURN_IF_ERROR(add(db.Query(
+      absl::StrCat("SELECT id FROM jobs WHERE ", kNotEnded, " AND state = ? AND touch_time < ?"),
+      v1::JOB_STATE_VALIDATING, absl::ToUnixMicros(uploads_before))));
   for (const JobId job : due) RETURN_IF_ERROR(RemoveJob(transaction, job));
   return static_cast<int64_t>(due.size());
 }
@@ -198,10 +200,9 @@ absl::StatusOr<std::vector<JobRecord>> BatchStore::ListJobs(const JobFilter& fil
 absl::StatusOr<std::vector<JobRecord>> BatchStore::ActiveJobs() const {
   ReadPool::Lease lease = impl_->readers.Take();
   RETURN_IF_ERROR(lease.status());
-  SqliteQuery query =
-      lease.db()->Query(absl::StrCat(std::string(SelectJobs()),
-                                     "WHERE state > ? AND state < ? ORDER BY create_time, id"),
-                        v1::JOB_STATE_VALIDATING, v1::JOB_STATE_COMPLETED);
+  SqliteQuery query = lease.db()->Query(absl::StrCat(std::string(SelectJobs()), "WHERE ", kNotEnded,
+                                                     " AND state > ? ORDER BY create_time, id"),
+                                        v1::JOB_STATE_VALIDATING);
   std::vector<JobRecord> jobs;
   while (true) {
     ASSIGN_OR_RETURN(std::optional<JobRow> row, NextJob(&query));
@@ -214,9 +215,10 @@ absl::StatusOr<BatchStore::Usage> BatchStore::UsageOf(std::string_view owner) co
   ReadPool::Lease lease = impl_->readers.Take();
   RETURN_IF_ERROR(lease.status());
   SqliteQuery query = lease.db()->Query(
-      "SELECT count(*), sum(item_count - succeeded - failed - cancelled - expired) FROM jobs"
-      " WHERE owner = ? AND state < ?",
-      owner, v1::JOB_STATE_COMPLETED);
+      absl::StrCat("SELECT count(*), sum(item_count - succeeded - failed - cancelled - expired)"
+                   " FROM jobs WHERE owner = ? AND ",
+                   kNotEnded),
+      owner);
   ASSIGN_OR_RETURN(const bool has_row, query.Step());
   if (!has_row) return absl::InternalError("no row");
   return Usage{.jobs = query.Int(0), .items = query.Int(1)};

@@ -50,6 +50,9 @@ absl::StatusOr<std::optional<JobRow>> FindJob(SqliteConnection* db, std::string_
 absl::StatusOr<std::optional<JobRow>> NextJob(SqliteQuery* query);
 // "SELECT <columns> FROM jobs "
 std::string_view SelectJobs();
+// The condition of the index of jobs that have not ended: SQLite uses it where it reads the same.
+inline constexpr char kNotEnded[] = "state < 6";
+static_assert(v1::JOB_STATE_COMPLETED == 6);
 
 // Adds the row, and gives it id and revision.
 absl::Status InsertJob(SqliteConnection* db, JobRow* row);

@@ -84,7 +84,7 @@ class StorePropertyTest : public ::testing::TestWithParam<int> {
 
 TEST_P(StorePropertyTest, AsTheModel) {
   std::mt19937_64 random(static_cast<uint64_t>(GetParam()));
-  const int num_ops = std::getenv("LATENTD_TEST_LONG") != nullptr ? 20'000 : 600;
+  const int num_ops = std::getenv("LATENTD_TEST_LONG") != nullptr ? 20'000 : 300;
   Open();
   for (int i = 0; i < num_ops; ++i) {
     SCOPED_TRACE(i);

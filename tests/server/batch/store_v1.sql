@@ -1,0 +1,99 @@
+-- A store of version 1, as sqlite3's .dump gave it, and the two pragmas that it leaves out: jobs that are
+-- done, running, being cancelled, uploaded, deleted but for their rows, and a retry.
+PRAGMA foreign_keys=OFF;
+BEGIN TRANSACTION;
+CREATE TABLE jobs (
+  id INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used again
+  name TEXT NOT NULL UNIQUE,
+  owner TEXT NOT NULL,
+  request_id TEXT NOT NULL,
+  spec BLOB NOT NULL,                    -- a JobSpec
+  retry_of TEXT NOT NULL,                -- the name of the job whose items it takes, or empty
+  retry_source INTEGER NOT NULL,         -- its id, or 0
+  retry_next INTEGER NOT NULL,           -- index in it of what is to be taken next
+  state INTEGER NOT NULL,                -- JobState
+  end_state INTEGER NOT NULL,            -- what FINALIZING and CANCELLING end in, or 0
+  reason TEXT NOT NULL,
+  revision INTEGER NOT NULL,
+  item_count INTEGER NOT NULL,
+  chain BLOB NOT NULL,                   -- over the items, see item_chain.h
+  succeeded INTEGER NOT NULL,
+  failed INTEGER NOT NULL,
+  cancelled INTEGER NOT NULL,
+  expired INTEGER NOT NULL,
+  next_sequence INTEGER NOT NULL,        -- of the next result, from 1
+  finalized INTEGER NOT NULL,            -- all items below this index have a result
+  prompt_tokens INTEGER NOT NULL,
+  completion_tokens INTEGER NOT NULL,
+  recoveries INTEGER NOT NULL,
+  touch_time INTEGER NOT NULL,           -- of the last append; times are Unix microseconds, 0: unset
+  create_time INTEGER NOT NULL,
+  start_time INTEGER NOT NULL,
+  finalize_time INTEGER NOT NULL,
+  end_time INTEGER NOT NULL,
+  expire_time INTEGER NOT NULL,
+  purge_time INTEGER NOT NULL,
+  UNIQUE (owner, request_id)
+);
+INSERT INTO jobs VALUES(1,'jobs/bc5570b68b58d0fb8b8ab9933fc19999','ann','done',X'120308901c320308d8043a080a0372756e1201373a0c0a046b696e64120474657374','',0,0,6,6,'',7,3,X'1d9b5ff3164b58a98b048e3c033f9d1c91a51ad281bba1973cda4bb226e8aa24',2,1,0,0,4,3,6,10,0,1700000000000000,1700000000000000,1700000000000000,1700000000000000,1700000000000000,1700003600000000,1700000600000000);
+INSERT INTO jobs VALUES(2,'jobs/fc15a83fd0ea186f747e33234d90924e','bob','running',X'120308901c320308d8043a0c0a046b696e641204746573743a080a0372756e120137','',0,0,3,0,'',5,4,X'a976f59b931d843f2b42545e48011ca7bdb69274713a645c4a252f4babc4dfda',1,0,0,0,2,0,3,5,0,1700000000000000,1700000000000000,1700000000000000,0,0,1700003600000000,0);
+INSERT INTO jobs VALUES(3,'jobs/6f65c2105d43ea07c0a9f8e24f156825','ann','cancelling',X'120308901c320308d8043a0c0a046b696e641204746573743a080a0372756e120137','',0,0,5,9,'by the client',5,3,X'1d9b5ff3164b58a98b048e3c033f9d1c91a51ad281bba1973cda4bb226e8aa24',1,0,0,0,2,0,3,5,0,1700000000000000,1700000000000000,0,1700000000000000,0,1700003600000000,0);
+INSERT INTO jobs VALUES(4,'jobs/363aab3e2f299da11a9516dfabcf124a','ann','upload',X'120308901c320308d8043a0c0a046b696e641204746573743a080a0372756e120137','',0,0,1,0,'',2,2,X'0630323cfe75bb188f55dcdaaba1b94528de008f16790c78336814453121227e',0,0,0,0,1,0,0,0,0,1700000000000000,0,0,0,0,0,0);
+INSERT INTO jobs VALUES(6,'jobs/496488c5ad1ea11bbe96624f3108d58e','ann','again',X'120308901c320308d8043a0c0a046b696e641204746573743a080a0372756e120137','jobs/bc5570b68b58d0fb8b8ab9933fc19999',1,3,2,0,'',2,1,X'82d4f7774ced40af1b21c5149c13b0ea8f182cdee11aa02369941dbafbb4e1ed',0,0,0,0,1,0,0,0,0,1700000000000000,1700000000000000,0,0,0,1700003600000000,0);
+CREATE TABLE items (
+  id INTEGER PRIMARY KEY,                -- job * 2^32 + index
+  custom_id TEXT NOT NULL,
+  request BLOB NOT NULL                  -- a BatchItem, as it was sent
+);
+INSERT INTO items VALUES(4294967296,'id-0',X'726571756573742030');
+INSERT INTO items VALUES(4294967297,'id-1',X'726571756573742031');
+INSERT INTO items VALUES(4294967298,'id-2',X'726571756573742032');
+INSERT INTO items VALUES(8589934592,'id-0',X'726571756573742030');
+INSERT INTO items VALUES(8589934593,'id-1',X'726571756573742031');
+INSERT INTO items VALUES(8589934594,'id-2',X'726571756573742032');
+INSERT INTO items VALUES(8589934595,'id-3',X'726571756573742033');
+INSERT INTO items VALUES(12884901888,'id-0',X'726571756573742030');
+INSERT INTO items VALUES(12884901889,'id-1',X'726571756573742031');
+INSERT INTO items VALUES(12884901890,'id-2',X'726571756573742032');
+INSERT INTO items VALUES(17179869184,'id-0',X'726571756573742030');
+INSERT INTO items VALUES(17179869185,'id-1',X'726571756573742031');
+INSERT INTO items VALUES(21474836480,'id-0',X'726571756573742030');
+INSERT INTO items VALUES(21474836481,'id-1',X'726571756573742031');
+INSERT INTO items VALUES(25769803776,'id-2',X'726571756573742032');
+CREATE TABLE progress (                  -- of items that were begun or have a result
+  id INTEGER PRIMARY KEY,                -- as in items
+  attempts INTEGER NOT NULL,
+  seed INTEGER NOT NULL,
+  state INTEGER NOT NULL                 -- ItemState of the result, or 0
+);
+INSERT INTO progress VALUES(4294967296,1,11,3);
+INSERT INTO progress VALUES(4294967297,0,0,3);
+INSERT INTO progress VALUES(4294967298,1,12,4);
+INSERT INTO progress VALUES(8589934592,1,21,3);
+INSERT INTO progress VALUES(8589934593,2,22,0);
+INSERT INTO progress VALUES(12884901889,0,0,3);
+INSERT INTO progress VALUES(21474836480,0,0,3);
+INSERT INTO progress VALUES(21474836481,0,0,3);
+CREATE TABLE results (
+  id INTEGER PRIMARY KEY,                -- job * 2^32 + sequence
+  item_index INTEGER NOT NULL,
+  state INTEGER NOT NULL,
+  attempts INTEGER NOT NULL,
+  outcome BLOB NOT NULL                  -- an ItemResult of its outcome alone
+);
+INSERT INTO results VALUES(4294967297,2,4,1,X'3a0f120d494e56414c49445f4649454c44');
+INSERT INTO results VALUES(4294967298,0,3,1,X'320a0a08616e737765722030');
+INSERT INTO results VALUES(4294967299,1,3,0,X'320a0a08616e737765722031');
+INSERT INTO results VALUES(8589934593,0,3,1,X'320a0a08616e737765722030');
+INSERT INTO results VALUES(12884901889,1,3,0,X'320a0a08616e737765722031');
+INSERT INTO results VALUES(21474836481,0,3,0,X'320a0a08616e737765722030');
+INSERT INTO results VALUES(21474836482,1,3,0,X'320a0a08616e737765722031');
+CREATE TABLE deleted (                   -- jobs that are gone, whose other rows are still there
+  job INTEGER PRIMARY KEY
+);
+INSERT INTO deleted VALUES(5);
+DELETE FROM sqlite_sequence;
+INSERT INTO sqlite_sequence VALUES('jobs',6);
+COMMIT;
+PRAGMA application_id = 1819571300;
+PRAGMA user_version = 1;
