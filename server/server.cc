@@ -314,8 +314,10 @@ void Server::OnLost(const absl::Status& why) {
     UpdateHealth();
   }
   service_.StartDrain();
-  batch_->StartDrain();
+  // Before the batch jobs drain: an item that was in the engine when it was lost may be the reason,
+  // and is not given back as if it had never been begun.
   service_.AbortAll(*lost());
+  batch_->StartDrain();
   if (on_change_) on_change_();
 }
 
