@@ -17,6 +17,7 @@ ITEMS = 2000
 ROUNDS = 20 if os.environ.get('LATENTD_TEST_LONG') else 1
 # Of a round: 10 in all.
 UPLOAD_KILLS, RUNNING_KILLS, END_KILLS, CANCEL_KILLS = 3, 4, 1, 2
+PATIENCE = 5 * TIMEOUT  # for all items of a job: sanitizers make them slow
 SPEC = batch_pb2.JobSpec(max_attempts_per_item=100)
 
 
@@ -94,13 +95,13 @@ def killed_job(mortal, rng, request_id, items, expected):
         def near_end():
             counts = batch.get(mortal.daemon, job.name).counts
             return counts.succeeded + counts.failed >= len(items) - before_end
-        end = time.monotonic() + TIMEOUT
+        end = time.monotonic() + PATIENCE
         while not near_end():
             assert time.monotonic() < end, 'the job makes no progress'
         time.sleep(rng.uniform(0, 0.02))
         mortal.kill()
         follower.check(mortal.daemon)
-    job = batch.wait_ended(mortal.daemon, job.name)
+    job = batch.wait_ended(mortal.daemon, job.name, PATIENCE)
     follower.check(mortal.daemon)
     assert job.state == batch_pb2.JOB_STATE_COMPLETED and job.counts.succeeded == len(items), job
     assert sorted(r.index for r in follower.seen) == list(range(len(items)))
@@ -119,7 +120,7 @@ def cancelled_job(mortal, rng, request_id, items, expected):
         mortal.kill()
         job = follower.check(mortal.daemon)
         assert job.state in (batch_pb2.JOB_STATE_CANCELLING, batch_pb2.JOB_STATE_CANCELLED), 'the cancelling is lost'
-    job = batch.wait_ended(mortal.daemon, job.name)
+    job = batch.wait_ended(mortal.daemon, job.name, PATIENCE)
     follower.check(mortal.daemon)
     assert job.state == batch_pb2.JOB_STATE_CANCELLED
     assert sorted(r.index for r in follower.seen) == list(range(len(items)))
@@ -135,7 +136,7 @@ def test_kills_lose_nothing_and_tell_nothing_twice(tmp_path):
     with Daemon('--batch-dir', tmp_path / 'undisturbed', '--max-running', '64') as daemon:
         daemon.wait_ready()
         name = batch.create(daemon, 'undisturbed', items, per_frame=500).name
-        batch.wait_ended(daemon, name)
+        batch.wait_ended(daemon, name, PATIENCE)
         expected = batch.answers(batch.results_of(daemon, name)[0])
     assert len(expected) == ITEMS and {a[0] for a in expected.values()} == {batch_pb2.ITEM_STATE_SUCCEEDED}
 
