@@ -114,10 +114,10 @@ BUGS = {
         ("scheduler.cc", "  num_recovered_ += num_running();\n  SuspendAll();", "  num_recovered_ += num_running();\n  if (!BUG) SuspendAll();"),
     ],
     "a lost step is not counted": [
-        ("scheduler.cc", "++sequence->num_lost > config_.max_recoveries", "(BUG ? 0 : ++sequence->num_lost) > config_.max_recoveries"),
+        ("scheduler.cc", "(sequence->num_lost += loss) > config_.max_recoveries", "(BUG ? 0 : sequence->num_lost += loss) > config_.max_recoveries"),
     ],
     "a lost step fails a request one recovery too early": [
-        ("scheduler.cc", ": ++sequence->num_lost) > config_.max_recoveries", ": ++sequence->num_lost) + BUG > config_.max_recoveries"),
+        ("scheduler.cc", ": sequence->num_lost += loss) > config_.max_recoveries", ": sequence->num_lost += loss) + BUG > config_.max_recoveries"),
     ],
     "a request that was cancelled in a lost step goes on": [
         ("scheduler.cc", "    if (sequence->cancelled) {\n      ended.push_back(sequence);\n    } else if ((", "    if (sequence->cancelled && !BUG) {\n      ended.push_back(sequence);\n    } else if (("),
