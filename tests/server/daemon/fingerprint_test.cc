@@ -81,8 +81,8 @@ TEST_F(FingerprintTest, CountsTheKeysThatRanksMustShareAndNoOther) {
     }
     ServeConfig changed;
     bool set = false;
-    for (const char* value : {"3", "true", "false", "4s", "2MiB", "cuda", "dummy", "fp8", "error",
-                              "json", "1.2.3.4:5"}) {
+    for (const char* value : {"3", "true", "false", "4s", "5h", "2MiB", "cuda", "dummy", "fp8",
+                              "error", "json", "1.2.3.4:5"}) {
       ServeConfig other;
       if (!SetConfigValue(key, value, &other).ok()) continue;
       if (ConfigValue(key, other) == ConfigValue(key, ServeConfig())) continue;
