@@ -19,6 +19,7 @@
 #include "absl/strings/str_split.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
+#include "engine/comm/library_function.h"
 #include "engine/comm/nccl_log.h"
 #include "engine/comm/network_interfaces.h"
 #include "engine/status.h"
@@ -46,22 +47,16 @@ struct Api {
   }
 };
 
-template <typename Function>
-bool Find(void* library, const char* name, Function* function) {
-  *function = reinterpret_cast<Function>(dlsym(library, name));
-  return *function != nullptr;
-}
-
 bool FindAll(void* library, Api* api) {
-  return Find(library, "ncclGetVersion", &api->GetVersion) &&
-         Find(library, "ncclGetUniqueId", &api->GetUniqueId) &&
-         Find(library, "ncclGetErrorString", &api->GetErrorString) &&
-         Find(library, "ncclGetLastError", &api->GetLastError) &&
-         Find(library, "ncclCommInitRankConfig", &api->CommInitRankConfig) &&
-         Find(library, "ncclCommGetAsyncError", &api->CommGetAsyncError) &&
-         Find(library, "ncclCommAbort", &api->CommAbort) &&
-         Find(library, "ncclAllGather", &api->AllGather) &&
-         Find(library, "ncclReduceScatter", &api->ReduceScatter) &&
+  return FindFunction(library, "ncclGetVersion", &api->GetVersion) &&
+         FindFunction(library, "ncclGetUniqueId", &api->GetUniqueId) &&
+         FindFunction(library, "ncclGetErrorString", &api->GetErrorString) &&
+         FindFunction(library, "ncclGetLastError", &api->GetLastError) &&
+         FindFunction(library, "ncclCommInitRankConfig", &api->CommInitRankConfig) &&
+         FindFunction(library, "ncclCommGetAsyncError", &api->CommGetAsyncError) &&
+         FindFunction(library, "ncclCommAbort", &api->CommAbort) &&
+         FindFunction(library, "ncclAllGather", &api->AllGather) &&
+         FindFunction(library, "ncclReduceScatter", &api->ReduceScatter) &&
          api->GetVersion(&api->version) == ncclSuccess;
 }
 

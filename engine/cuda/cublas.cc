@@ -13,6 +13,7 @@
 #include "absl/container/flat_hash_map.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "engine/comm/library_function.h"
 #include "engine/cuda/cuda_status.h"
 #include "engine/cuda/device_memory.h"
 #include "engine/status.h"
@@ -41,28 +42,22 @@ struct Api {
   decltype(&cublasLtMatmulPreferenceSetAttribute) PreferenceSet;
 };
 
-template <typename Function>
-bool Find(void* library, const char* name, Function* function) {
-  *function = reinterpret_cast<Function>(dlsym(library, name));
-  return *function != nullptr;
-}
-
 bool FindAll(void* library, Api* api) {
-  return Find(library, "cublasLtGetVersion", &api->GetVersion) &&
-         Find(library, "cublasLtGetStatusName", &api->GetStatusName) &&
-         Find(library, "cublasLtCreate", &api->Create) &&
-         Find(library, "cublasLtDestroy", &api->Destroy) &&
-         Find(library, "cublasLtMatmul", &api->Matmul) &&
-         Find(library, "cublasLtMatmulAlgoGetHeuristic", &api->GetHeuristic) &&
-         Find(library, "cublasLtMatmulDescCreate", &api->DescCreate) &&
-         Find(library, "cublasLtMatmulDescDestroy", &api->DescDestroy) &&
-         Find(library, "cublasLtMatmulDescSetAttribute", &api->DescSet) &&
-         Find(library, "cublasLtMatrixLayoutCreate", &api->LayoutCreate) &&
-         Find(library, "cublasLtMatrixLayoutDestroy", &api->LayoutDestroy) &&
-         Find(library, "cublasLtMatrixLayoutSetAttribute", &api->LayoutSet) &&
-         Find(library, "cublasLtMatmulPreferenceCreate", &api->PreferenceCreate) &&
-         Find(library, "cublasLtMatmulPreferenceDestroy", &api->PreferenceDestroy) &&
-         Find(library, "cublasLtMatmulPreferenceSetAttribute", &api->PreferenceSet);
+  return FindFunction(library, "cublasLtGetVersion", &api->GetVersion) &&
+         FindFunction(library, "cublasLtGetStatusName", &api->GetStatusName) &&
+         FindFunction(library, "cublasLtCreate", &api->Create) &&
+         FindFunction(library, "cublasLtDestroy", &api->Destroy) &&
+         FindFunction(library, "cublasLtMatmul", &api->Matmul) &&
+         FindFunction(library, "cublasLtMatmulAlgoGetHeuristic", &api->GetHeuristic) &&
+         FindFunction(library, "cublasLtMatmulDescCreate", &api->DescCreate) &&
+         FindFunction(library, "cublasLtMatmulDescDestroy", &api->DescDestroy) &&
+         FindFunction(library, "cublasLtMatmulDescSetAttribute", &api->DescSet) &&
+         FindFunction(library, "cublasLtMatrixLayoutCreate", &api->LayoutCreate) &&
+         FindFunction(library, "cublasLtMatrixLayoutDestroy", &api->LayoutDestroy) &&
+         FindFunction(library, "cublasLtMatrixLayoutSetAttribute", &api->LayoutSet) &&
+         FindFunction(library, "cublasLtMatmulPreferenceCreate", &api->PreferenceCreate) &&
+         FindFunction(library, "cublasLtMatmulPreferenceDestroy", &api->PreferenceDestroy) &&
+         FindFunction(library, "cublasLtMatmulPreferenceSetAttribute", &api->PreferenceSet);
 }
 
 // The library stays loaded until the process ends: CUDA's libraries do not like to be unloaded.
